@@ -1,0 +1,223 @@
+"""The bundle's manifest: what a device must know before it runs anything."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints
+
+from carpool.schema import Model, Sha256, canonical_id
+from carpool.theta import Layout
+
+SCHEMA_VERSION: Literal[1] = 1
+
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+"""A plain name inside the bundle's folder: no directory, no leading dot."""
+
+
+class FileEntry(Model):
+    """A file's size in bytes and the SHA-256 of its content."""
+
+    bytes: PositiveInt
+    sha256: Sha256
+
+
+class Range(Model):
+    """Smallest and largest value, both included."""
+
+    min: PositiveInt
+    max: PositiveInt
+
+
+class RuntimeRange(Model):
+    """Which ExecuTorch runtimes may run the program: ``at_least <= version < below``."""
+
+    at_least: str
+    below: str
+
+
+class TensorSpec(Model):
+    """An input or output: its name, dtype, and shape ("batch", "length" where dynamic)."""
+
+    name: str
+    dtype: Literal["float32", "int64"]
+    shape: tuple[PositiveInt | Literal["batch", "length"], ...]
+
+
+class Method(Model):
+    """A method of the program: inputs and outputs in the order of the call."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+class Program(Model):
+    """The ``.pte`` and how it may be called."""
+
+    file: FileName
+    runtime: RuntimeRange
+    batch: Range
+    length: Range
+    methods: dict[str, Method]
+
+
+class SourceModel(Model):
+    """The frozen model that went in.
+
+    Attributes:
+        name: as its publisher calls it.
+        architecture: Hugging Face ``model_type``.
+        hidden_size: d, the embedding's dimension.
+        pooling: how token states become one embedding.
+        normalize: whether the embedding is scaled to length 1.
+        weights_sha256: of the source's weight file.
+    """
+
+    name: str
+    architecture: str
+    hidden_size: PositiveInt
+    pooling: Literal["mean"]
+    normalize: bool
+    weights_sha256: Sha256
+
+
+class ScaleBiasAdapter(Model):
+    """Soft embedding = (1 + scale) * embedding + bias, per embedding dimension."""
+
+    kind: Literal["scale-bias"] = "scale-bias"
+
+
+class LinearAdapter(Model):
+    """Soft embedding = W embedding, W starting at the identity (the paper's matrix)."""
+
+    kind: Literal["linear"] = "linear"
+
+
+class CoreHead(Model):
+    """Score = <d, z + U M U^T z> + bias_d: documents fixed, M within their directions U.
+
+    ``rank`` is R, the number of principal directions.
+    """
+
+    kind: Literal["core"] = "core"
+    rank: PositiveInt
+    document_bias: bool
+
+
+class RowsHead(Model):
+    """Score = <w_d, z>: a trainable row per document, starting at its embedding."""
+
+    kind: Literal["rows"] = "rows"
+    document_bias: bool
+
+
+Adapter = Annotated[ScaleBiasAdapter | LinearAdapter, Field(discriminator="kind")]
+Head = Annotated[CoreHead | RowsHead, Field(discriminator="kind")]
+
+
+class Documents(Model):
+    """The catalogue.
+
+    Attributes:
+        file: JSON lines ``{"id", "title", "text"}`` in the order of the scores.
+        count: N.
+        embedding_length: tokens of "title. text" that the document's embedding was made from.
+        corpus_file: safetensors with ``documents`` (float32, N x d) and, where the head has a
+            use for it, ``basis`` (float32, d x R).
+    """
+
+    file: FileName
+    count: PositiveInt
+    embedding_length: PositiveInt
+    corpus_file: FileName
+
+
+class Tokenizer(Model):
+    """``tokenizer.json`` and what a device needs beside it.
+
+    Attributes:
+        file: Hugging Face ``tokenizer.json``; its own truncation and padding are ignored.
+        kind: the model type inside.
+        max_length: longer queries are cut to this many tokens, special ones included.
+        pad_id: fills a batch's shorter rows (with attention 0).
+    """
+
+    file: FileName
+    kind: Literal["WordPiece"]
+    max_length: PositiveInt
+    pad_id: Annotated[int, Field(ge=0)]
+
+
+class Golden(Model):
+    """One training step to replay, and how far its results may be off on this device.
+
+    Attributes:
+        file: safetensors: the inputs by name, ``expected_loss``, ``expected_gradient``,
+            ``expected_scores``; its metadata holds ``texts`` (a JSON list), whose token ids
+            are ``input_ids``.
+        gradient_tolerance: largest absolute difference allowed, as a share of the largest
+            expected gradient; likewise the others of the loss and of the largest score.
+    """
+
+    file: FileName
+    gradient_tolerance: PositiveFloat
+    loss_tolerance: PositiveFloat
+    scores_tolerance: PositiveFloat
+
+
+class Parity(Model):
+    """What the exporter's gate measured: the largest error over all shapes it tried.
+
+    Errors are shares of the largest eager value. ``shapes`` are (batch, length) pairs.
+    """
+
+    gate: PositiveFloat
+    gradient_error: Annotated[float, Field(ge=0)]
+    scores_error: Annotated[float, Field(ge=0)]
+    shapes: tuple[tuple[PositiveInt, PositiveInt], ...]
+
+
+class Licence(Model):
+    """Whose terms a part of the bundle stands under, and the notice to reproduce."""
+
+    applies_to: str
+    licence: str
+    notice: str
+
+
+class Signature(Model):
+    """Over the bundle's id. Bundles of this schema may be unsigned."""
+
+    algorithm: Literal["Ed25519"]
+    key_id: str
+    value: str
+
+
+class Manifest(Model):
+    """Everything about a bundle. Its id is the hash of all this but the signature."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    carpool_version: str
+    preset: str
+    model: SourceModel
+    adapter: Adapter
+    head: Head
+    logit_scale: PositiveFloat
+    layout_id: Sha256
+    layout: Layout
+    theta_file: FileName
+    documents: Documents
+    program: Program
+    tokenizer: Tokenizer
+    golden: Golden
+    parity: Parity
+    licences: tuple[Licence, ...]
+    files: dict[FileName, FileEntry]
+    signature: Signature | None
+
+    @property
+    def id(self) -> str:
+        """The bundle's id: SHA-256 of the canonical manifest without its signature."""
+        return canonical_id(self.model_dump(mode="json", exclude={"signature"}))

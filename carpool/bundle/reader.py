@@ -1,0 +1,157 @@
+"""Opening a bundle: everything is checked before anything is used."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file
+
+from carpool.bundle.manifest import SCHEMA_VERSION, Manifest
+from carpool.data.corpus import Document, read_documents
+from carpool.errors import BundleError
+from carpool.files import sha256_of_file
+from carpool.schema import describe
+from carpool.theta import read_theta
+
+MANIFEST_NAME = "manifest.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """A verified bundle. Open one with ``Bundle.open``.
+
+    Attributes:
+        path: its folder.
+        manifest: its parsed manifest.
+        id: SHA-256 of the canonical manifest; thetas, checkpoints and tasks carry it.
+    """
+
+    path: Path
+    manifest: Manifest
+    id: str
+
+    @classmethod
+    def open(cls, path: Path) -> Bundle:
+        """Reads the manifest and compares every file with it.
+
+        Guarantees: on return every file the manifest lists had its size and SHA-256.
+
+        Raises:
+            BundleError: no bundle there, a manifest of another schema version or with a
+                mistake, or a file that is missing, truncated or changed. Names the file,
+                what was expected and what was found.
+        """
+        manifest = _read_manifest(path / MANIFEST_NAME)
+        for name, entry in manifest.files.items():
+            _check_file(path / name, expected_bytes=entry.bytes, expected_sha256=entry.sha256)
+        return cls(path=path, manifest=manifest, id=manifest.id)
+
+    @property
+    def program_path(self) -> Path:
+        """The ``.pte``."""
+        return self.path / self.manifest.program.file
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The Hugging Face ``tokenizer.json``."""
+        return self.path / self.manifest.tokenizer.file
+
+    def documents(self) -> list[Document]:
+        """The catalogue, in the order of the scores."""
+        return read_documents(self.path / self.manifest.documents.file)
+
+    def initial_theta(self) -> NDArray[np.float32]:
+        """The theta that was shipped: float32, shape ``(num_values,)``; zeros at first."""
+        return read_theta(
+            self.path / self.manifest.theta_file, layout=self.manifest.layout, bundle_id=self.id
+        )
+
+    def corpus(self) -> dict[str, NDArray[np.float32]]:
+        """The programs' frozen inputs: ``documents`` (N x d) and, where used, ``basis`` (d x R).
+
+        Raises:
+            BundleError: an array is missing or of another shape or dtype.
+        """
+        path = self.path / self.manifest.documents.corpus_file
+        arrays = read_arrays(path)
+        width = self.manifest.model.hidden_size
+        expected: dict[str, tuple[int, ...]] = {"documents": (self.manifest.documents.count, width)}
+        if self.manifest.head.kind == "core":
+            expected["basis"] = (width, self.manifest.head.rank)
+        corpus: dict[str, NDArray[np.float32]] = {}
+        for name, shape in expected.items():
+            found = arrays.get(name)
+            if found is None or found.shape != shape or found.dtype != np.float32:
+                got = "no such array" if found is None else f"{found.dtype} {found.shape}"
+                raise BundleError(f"{path}: expected {name} of float32 {shape}, got {got}.")
+            corpus[name] = found.astype(np.float32, copy=False)
+        return corpus
+
+    def golden(self) -> tuple[dict[str, NDArray[np.generic]], list[str]]:
+        """The golden step's arrays by name, and the texts its token ids come from."""
+        path = self.path / self.manifest.golden.file
+        with safe_open(path, framework="numpy") as file:
+            texts = json.loads((file.metadata() or {}).get("texts", "[]"))
+        return read_arrays(path), texts
+
+
+def read_arrays(path: Path) -> dict[str, NDArray[np.generic]]:
+    """All arrays of a safetensors file by name.
+
+    Raises:
+        BundleError: the file cannot be read as safetensors.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise BundleError(f"{path}: expected safetensors, got: {error}") from error
+
+
+def _read_manifest(path: Path) -> Manifest:
+    try:
+        raw = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise BundleError(
+            f"{path.parent}: expected a bundle with a {path.name}, found none. "
+            "Make one with `carpool export`."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path}: expected JSON, got: {error}") from error
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if version != SCHEMA_VERSION:
+        raise BundleError(
+            f"{path}: expected schema version {SCHEMA_VERSION}, got {version!r}. "
+            "Export the bundle again with this version of carpool, or use the version it came from."
+        )
+    try:
+        manifest = Manifest.model_validate_json(json.dumps(raw))
+    except ValidationError as error:
+        raise BundleError(f"{path}: {describe(error, Manifest)}") from error
+    if manifest.layout_id != manifest.layout.id:
+        raise BundleError(
+            f"{path}: expected layout id {manifest.layout.id}, got {manifest.layout_id}."
+        )
+    return manifest
+
+
+def _check_file(path: Path, *, expected_bytes: int, expected_sha256: str) -> None:
+    try:
+        found_bytes = path.stat().st_size
+    except FileNotFoundError as error:
+        raise BundleError(f"{path}: expected {expected_bytes} bytes, found no file.") from error
+    if found_bytes != expected_bytes:
+        raise BundleError(
+            f"{path}: expected {expected_bytes} bytes, found {found_bytes}. Copy the bundle again."
+        )
+    found_sha256 = sha256_of_file(path)
+    if found_sha256 != expected_sha256:
+        raise BundleError(
+            f"{path}: expected SHA-256 {expected_sha256}, found {found_sha256}. "
+            "Copy the bundle again."
+        )

@@ -1,0 +1,1 @@
+"""Documents, examples and their split by client; the data sets that registry packages carry."""

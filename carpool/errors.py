@@ -1,0 +1,80 @@
+"""Every error that carpool raises on purpose.
+
+CarpoolError                     what the command line prints in one line and exits with 2
+├── BundleError                  a bundle's file is missing, changed, truncated or of another schema
+├── ThetaError                   a theta of another layout, bundle or length
+├── CorpusError                  documents or examples that cannot be used; names file and line
+├── ConfigError                  a setting that is unknown, out of range or changed on resume
+├── ExportError                  a model that is refused before any work, or cannot be lowered
+│   └── ParityError              the finished program differs from eager PyTorch: nothing is written
+├── DeviceError                  a device cannot run a bundle or train on its examples
+├── ContributionRejected         an aggregator's contribution; ``sender`` names it
+├── UpdateRejected               a device's update; ``device_id`` names it
+├── CheckpointError              a run's directory cannot be resumed as asked
+├── PrivacyError                 a guarantee that cannot be given, or a budget that is spent
+└── RoundFailed                  a round that stayed below its quorum; nothing was released
+
+Messages read "expected, got, what to do" and carry the value.
+"""
+
+from __future__ import annotations
+
+
+class CarpoolError(Exception):
+    """Base of all errors that carpool raises on purpose."""
+
+
+class BundleError(CarpoolError):
+    """A bundle that must not be used: a file is missing, changed, truncated or unknown."""
+
+
+class ThetaError(CarpoolError):
+    """A theta that does not belong to the layout or bundle it was offered to."""
+
+
+class CorpusError(CarpoolError):
+    """Documents or examples that cannot be used; names file and line where there is one."""
+
+
+class ConfigError(CarpoolError):
+    """A setting that is unknown, out of range, or differs from the run that is resumed."""
+
+
+class ExportError(CarpoolError):
+    """A model that cannot be exported; the message names the feature."""
+
+
+class ParityError(ExportError):
+    """The finished program differs from eager PyTorch by more than the stated tolerance."""
+
+
+class DeviceError(CarpoolError):
+    """A device that cannot run a bundle, or cannot train on its examples."""
+
+
+class ContributionRejected(CarpoolError):  # noqa: N818  the field's word; every error here has the same base
+    """A contribution that the coordinator refuses to add. ``sender`` names the aggregator."""
+
+    def __init__(self, message: str, *, sender: str) -> None:
+        super().__init__(f"aggregator {sender}: {message}")
+        self.sender = sender
+
+
+class UpdateRejected(CarpoolError):  # noqa: N818  the field's word; every error here has the same base
+    """An update that an aggregator refuses to add. ``device_id`` names the device."""
+
+    def __init__(self, message: str, *, device_id: str) -> None:
+        super().__init__(f"device {device_id}: {message}")
+        self.device_id = device_id
+
+
+class CheckpointError(CarpoolError):
+    """A run's directory that cannot be resumed as asked."""
+
+
+class PrivacyError(CarpoolError):
+    """A guarantee that cannot be given with these settings, or a budget that is spent."""
+
+
+class RoundFailed(CarpoolError):  # noqa: N818  the field's word; every error here has the same base
+    """A round that stayed below its quorum to the end; nothing was released."""

@@ -1,0 +1,55 @@
+"""Files that are either wholly there or not there at all, whatever is killed when."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+_CHUNK_BYTES = 1 << 20
+
+
+def sha256_of_file(path: Path) -> str:
+    """The lower-case hexadecimal SHA-256 of a file's bytes, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sync_directory(path: Path) -> None:
+    """Makes the names in a directory durable (POSIX: ``fsync`` on the directory)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, data: bytes, *, private: bool = False) -> None:
+    """Replaces ``path`` by ``data``; a reader or a crash sees the old bytes or the new ones.
+
+    Guarantees: on return the bytes and the name are durable (both ``fsync``-ed). A process
+    killed in between leaves at most a stray ``.NAME.*`` beside the file, never half a file.
+
+    Args:
+        path: the file; its directory must exist.
+        data: the whole content.
+        private: readable by the owner alone (mode 0600) instead of by the usual mask.
+    """
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if not private:
+            temporary.chmod(0o644)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)

@@ -1,0 +1,68 @@
+"""What every schema here has in common: frozen, strict about fields, errors in one line."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+import rfc8785
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
+
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+"""A lower-case hexadecimal SHA-256."""
+
+
+class Model(BaseModel):
+    """A frozen record that refuses unknown fields, NaN and infinity."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def canonical_bytes(value: Any) -> bytes:  # noqa: ANN401  any JSON value
+    """The one byte string of a JSON value (RFC 8785): what ids and signatures are taken over.
+
+    Guarantees: equal values give equal bytes in any language with an RFC 8785 library.
+    """
+    return rfc8785.dumps(value)
+
+
+def canonical_id(value: Any) -> str:  # noqa: ANN401  any JSON value
+    """The lower-case hexadecimal SHA-256 of ``canonical_bytes(value)``."""
+    return hashlib.sha256(canonical_bytes(value)).hexdigest()
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint for a misspelt name: ``"; did you mean 'x'?"``, or the known names."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(names)}"
+
+
+def describe(error: ValidationError, model: type[BaseModel]) -> str:
+    """One line per mistake: where it is, what was expected, what was found."""
+    lines = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"]) or "value"
+        if item["type"] == "extra_forbidden":
+            known = _fields_at(model, item["loc"][:-1])
+            lines.append(f"{where}: unknown field{nearest(str(item['loc'][-1]), known)}")
+        elif item["type"] == "missing":
+            lines.append(f"{where}: missing")
+        else:
+            lines.append(f"{where}: {item['msg']}, got {item['input']!r}")
+    return "\n".join(lines)
+
+
+def _fields_at(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    """The field names of the record that ``path`` leads to, aliases included."""
+    current: type[BaseModel] = model
+    for part in path:
+        field = current.model_fields.get(str(part))
+        if field is None:
+            break
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            current = inner
+    return [field.alias or name for name, field in current.model_fields.items()]
