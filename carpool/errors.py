@@ -8,6 +8,7 @@ CarpoolError                     what the command line prints in one line and ex
 ├── ExportError                  a model that is refused before any work, or cannot be lowered
 │   └── ParityError              the finished program differs from eager PyTorch: nothing is written
 ├── DeviceError                  a device cannot run a bundle or train on its examples
+├── MalformedMessage             bytes that are not a message of this protocol version
 ├── ContributionRejected         an aggregator's contribution; ``sender`` names it
 ├── UpdateRejected               a device's update; ``device_id`` names it
 ├── CheckpointError              a run's directory cannot be resumed as asked
@@ -50,6 +51,10 @@ class ParityError(ExportError):
 
 class DeviceError(CarpoolError):
     """A device that cannot run a bundle, or cannot train on its examples."""
+
+
+class MalformedMessage(CarpoolError):  # noqa: N818  the field's word; every error here has the same base
+    """Bytes that are not a message of this protocol version; the receiver names the sender."""
 
 
 class ContributionRejected(CarpoolError):  # noqa: N818  the field's word; every error here has the same base

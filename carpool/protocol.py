@@ -1,0 +1,153 @@
+"""What the coordinator and an aggregator say to each other, as bytes.
+
+A task goes out, a contribution comes back. Both are idempotent: the same task gives the same
+contribution, so a lost reply may simply be asked for again. On the wire each is a header
+(canonical JSON) and one binary body (little-endian), which any transport can carry.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, ValidationError
+
+from carpool.errors import MalformedMessage
+from carpool.recipe import LocalRecipe
+from carpool.schema import Model, Sha256, canonical_bytes, describe
+
+PROTOCOL_VERSION: Literal[1] = 1
+
+GRID_BITS = 30
+"""Updates live on an integer grid of step ``clip_norm * 2**-GRID_BITS``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Wire:
+    """A message as a transport carries it."""
+
+    header: bytes
+    body: bytes
+
+
+class TaskHeader(Model):
+    """What an aggregator is asked to do in a round.
+
+    Attributes:
+        run_id: one federated run.
+        round_number: 1 or more.
+        bundle_id, layout_id: what theta belongs to.
+        recipe: what each device does.
+        order_key: hexadecimal key of the devices' order of examples.
+        clip_norm: C, the joint L2 bound on an update, in theta's units.
+        device_ids: whose updates are wanted: those of the cohort that this aggregator speaks
+            for, sorted.
+        report_loss: whether the devices' training loss may be told (mode ``none`` alone).
+    """
+
+    version: Literal[1] = PROTOCOL_VERSION
+    run_id: str
+    round_number: Annotated[int, Field(ge=1)]
+    bundle_id: Sha256
+    layout_id: Sha256
+    recipe: LocalRecipe
+    order_key: str
+    clip_norm: Annotated[float, Field(gt=0)]
+    device_ids: tuple[str, ...]
+    report_loss: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RoundTask:
+    """A header and theta: float32, shape ``(num_values,)``."""
+
+    header: TaskHeader
+    theta: NDArray[np.float32]
+
+    def to_wire(self) -> Wire:
+        """As bytes; theta little-endian."""
+        return Wire(_header_bytes(self.header), self.theta.astype("<f4").tobytes())
+
+    @classmethod
+    def from_wire(cls, wire: Wire) -> RoundTask:
+        """Reads what ``to_wire`` wrote.
+
+        Raises:
+            MalformedMessage: another version, a mistake in the header, or a body that is not
+                whole float32 values.
+        """
+        header = _parse(TaskHeader, wire.header)
+        return cls(header=header, theta=_values(wire.body, "<f4", np.float32))
+
+
+class ContributionHeader(Model):
+    """Who is in a contribution.
+
+    Attributes:
+        run_id, round_number, bundle_id, layout_id: the task's.
+        device_ids: whose updates are in the sum, sorted.
+        count: how many; the sum's bound follows from it.
+        refused: device id -> why its update is not in.
+        num_examples: used by the devices in all; only where the task asked for the loss.
+        loss_sum: of the devices' mean losses; only where the task asked for the loss.
+    """
+
+    version: Literal[1] = PROTOCOL_VERSION
+    run_id: str
+    round_number: Annotated[int, Field(ge=1)]
+    bundle_id: Sha256
+    layout_id: Sha256
+    device_ids: tuple[str, ...]
+    count: int
+    refused: dict[str, str]
+    num_examples: Annotated[int, Field(ge=0)] | None = None
+    loss_sum: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Contribution:
+    """The integer sum of devices' clipped updates: int64, shape ``(num_values,)``, grid units."""
+
+    header: ContributionHeader
+    total: NDArray[np.int64]
+
+    def to_wire(self) -> Wire:
+        """As bytes; the sum little-endian."""
+        return Wire(_header_bytes(self.header), self.total.astype("<i8").tobytes())
+
+    @classmethod
+    def from_wire(cls, wire: Wire) -> Contribution:
+        """Reads what ``to_wire`` wrote; whether it fits the round is not checked here.
+
+        Raises:
+            MalformedMessage: another version, a mistake in the header, or a body that is not
+                whole int64 values.
+        """
+        header = _parse(ContributionHeader, wire.header)
+        return cls(header=header, total=_values(wire.body, "<i8", np.int64))
+
+
+_Header = TypeVar("_Header", TaskHeader, ContributionHeader)
+_Scalar = TypeVar("_Scalar", np.float32, np.int64)
+
+
+def _header_bytes(header: Model) -> bytes:
+    return canonical_bytes(header.model_dump(mode="json"))
+
+
+def _parse(kind: type[_Header], raw: bytes) -> _Header:
+    try:
+        return kind.model_validate_json(raw)
+    except ValidationError as error:
+        raise MalformedMessage(f"{kind.__name__}: {describe(error, kind)}") from error
+
+
+def _values(body: bytes, wire_type: str, dtype: type[_Scalar]) -> NDArray[_Scalar]:
+    width = np.dtype(wire_type).itemsize
+    if len(body) % width:
+        raise MalformedMessage(
+            f"expected whole values of {width} bytes ({wire_type}), got {len(body)} bytes."
+        )
+    return np.frombuffer(body, dtype=wire_type).astype(dtype)
