@@ -1,0 +1,60 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+# `make` alone lists the targets.
+
+PYTHON ?= python3.11
+PRESET ?= small
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+# Nothing here may call out: models and data come from installed packages.
+export HF_HUB_OFFLINE := 1
+export FLWR_TELEMETRY_ENABLED := 0
+export FLWR_DISABLE_UPDATE_CHECK := 1
+export RAY_USAGE_STATS_ENABLED := 0
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow lint format bench lock clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(READY) ## make the environment in .venv from the hash-pinned lock, once
+
+$(READY): requirements/lock.txt requirements/bootstrap.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+	  { echo "expected Python 3.11 as '$(PYTHON)'; name another with: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/bootstrap.txt
+	$(BIN)/uv pip sync --python $(BIN)/python --require-hashes requirements/lock.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: $(READY) ## the main job on real data: text -> bundle -> federated rounds -> table (PRESET=paper for the other)
+	$(BIN)/carpool demo --preset $(PRESET) --out build/demo-$(PRESET)
+
+test: $(READY) lint ## lint, types and the quick tests
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(READY) ## the tests that take longer: Ray clusters, kills, the other preset, a fresh wheel
+	$(BIN)/python -m pytest -m slow
+
+lint: $(READY) ## ruff (all rules) and mypy (strict)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY) ## format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(READY) ## step time against eager PyTorch, interleaved in one process
+	$(BIN)/python bench/step_time.py
+
+lock: $(READY) ## resolve pyproject.toml's ranges anew into the hash-pinned lock
+	$(BIN)/uv pip compile pyproject.toml --all-extras --group dev --universal --python-version 3.11 \
+	  --generate-hashes --no-header --no-annotate --quiet --output-file requirements/lock.txt
+	grep -A 40 '^uv==' requirements/lock.txt | awk 'NR > 1 && /^[a-z]/ {exit} {print}' > requirements/bootstrap.txt
+
+clean: ## remove what was built (not the environment)
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache
