@@ -1,0 +1,348 @@
+"""The bundle's program in the plain ExecuTorch runtime, behind checks the runtime leaves out."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import logging
+import re
+import threading
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from carpool.bundle import Bundle
+from carpool.bundle.manifest import Method, Program, Range, RuntimeRange, TensorSpec
+from carpool.errors import DeviceError
+from carpool_device.batches import Batch
+from carpool_device.tokenizer import QueryTokenizer
+
+_KNOWN_INPUTS = {
+    "gradients": {
+        "theta",
+        "documents",
+        "basis",
+        "input_ids",
+        "attention_mask",
+        "labels",
+        "example_weights",
+        "l2_clip_norm",
+    },
+    "scores": {"theta", "documents", "basis", "input_ids", "attention_mask"},
+}
+_KNOWN_OUTPUTS = {"gradients": ("loss", "gradient"), "scores": ("scores",)}
+
+
+class DeviceProgram:
+    """One loaded program, shared by all devices of a process. Get one with ``load``.
+
+    The runtime itself checks little: with too few inputs it reuses those of the call before,
+    and what it returns may be overwritten by the next call. So every input is compared with
+    the manifest before a call, and every output is copied before the lock is released. Calls
+    from several threads follow each other.
+
+    Guarantees: equal inputs give equal bits on one machine, whatever ran in between and
+    however many threads the runtime uses.
+
+    Attributes:
+        bundle: what it was loaded from.
+        tokenizer: the bundle's.
+        document_index: a document's place in the scores, by id.
+    """
+
+    _loaded: ClassVar[dict[str, DeviceProgram]] = {}
+    _loading: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.bundle = bundle
+        self.tokenizer = QueryTokenizer.from_bundle(bundle)
+        self.document_index = {doc.id: place for place, doc in enumerate(bundle.documents())}
+        self._frozen = bundle.corpus()
+        self._lock = threading.Lock()
+        # Program and methods are kept together: a method outlives neither its program nor
+        # the program its file.
+        self._program = _open_program(bundle)
+        self._methods: dict[str, Any] = {}
+
+    @classmethod
+    def load(cls, bundle: Bundle) -> DeviceProgram:
+        """The process's one program for this bundle, loaded at the first call.
+
+        Methods are loaded when they are first used: a device that only searches does not pay
+        for ``gradients``.
+
+        Raises:
+            DeviceError: another ExecuTorch version than the manifest allows, or a program
+                that cannot be loaded or is not what the manifest says.
+            BundleError: the tokenizer's, documents' or corpus file cannot be used.
+        """
+        with cls._loading:
+            program = cls._loaded.get(bundle.id)
+            if program is None:
+                program = cls._loaded[bundle.id] = cls(bundle)
+            return program
+
+    @property
+    def max_batch(self) -> int:
+        """Most rows in one call."""
+        return self.bundle.manifest.program.batch.max
+
+    def gradients(
+        self, theta: NDArray[np.float32], batch: Batch, *, l2_clip_norm: float
+    ) -> tuple[float, NDArray[np.float32]]:
+        """Loss and gradient of one batch.
+
+        Args:
+            theta: float32, shape ``(P,)``.
+            batch: within the manifest's bounds.
+            l2_clip_norm: each example's gradient is first clipped to this L2 norm over theta;
+                positive. ``carpool.recipe.PLAIN_GRADIENT_CLIP`` gives the plain gradient.
+
+        Returns:
+            The weighted sum of the examples' losses, and float32 of shape ``(P,)``: the
+            weighted sum of their clipped gradients.
+
+        Raises:
+            ThetaError: theta does not fit the bundle's layout.
+            DeviceError: an input is out of bounds, or the runtime failed.
+        """
+        num_documents = len(self.document_index)
+        if batch.labels.size and not 0 <= batch.labels.min() <= batch.labels.max() < num_documents:
+            raise DeviceError(
+                f"gradients: expected labels in [0, {num_documents}), got "
+                f"{batch.labels.min()} to {batch.labels.max()}."
+            )
+        if not 0 < l2_clip_norm < np.inf:
+            raise DeviceError(f"gradients: expected l2_clip_norm > 0, got {l2_clip_norm}.")
+        input_ids, attention_mask = self._at_least_shortest(batch.input_ids, batch.attention_mask)
+        outputs = self._call(
+            "gradients",
+            theta,
+            {
+                "input_ids": input_ids,
+                "attention_mask": attention_mask,
+                "labels": batch.labels,
+                "example_weights": batch.example_weights,
+                "l2_clip_norm": np.array([l2_clip_norm], dtype=np.float32),
+            },
+        )
+        return float(outputs["loss"].reshape(-1)[0]), outputs["gradient"]
+
+    def scores(
+        self,
+        theta: NDArray[np.float32],
+        input_ids: NDArray[np.int64],
+        attention_mask: NDArray[np.int64],
+    ) -> NDArray[np.float32]:
+        """Every document's score for each query; the higher, the better.
+
+        Args:
+            theta: float32, shape ``(P,)``.
+            input_ids: int64, shape ``(B, T)``, within the manifest's bounds.
+            attention_mask: int64, shape ``(B, T)``.
+
+        Returns:
+            float32, shape ``(B, N)``, in the catalogue's order.
+
+        Raises:
+            ThetaError: theta does not fit the bundle's layout.
+            DeviceError: an input is out of bounds, or the runtime failed.
+        """
+        input_ids, attention_mask = self._at_least_shortest(input_ids, attention_mask)
+        outputs = self._call(
+            "scores", theta, {"input_ids": input_ids, "attention_mask": attention_mask}
+        )
+        return outputs["scores"]
+
+    def score_rows(
+        self, theta: NDArray[np.float32], rows: Sequence[NDArray[np.int64]]
+    ) -> Iterator[tuple[list[int], NDArray[np.float32]]]:
+        """Scores any number of encoded queries, in batches of like length.
+
+        Args:
+            theta: float32, shape ``(P,)``.
+            rows: as ``QueryTokenizer.encode`` gives them.
+
+        Yields:
+            The places in ``rows`` of a batch's queries, and their scores: float32, shape
+            ``(len(places), N)``. Every place comes once; short queries come first.
+        """
+        order = sorted(range(len(rows)), key=lambda i: rows[i].size)
+        for start in range(0, len(order), self.max_batch):
+            places = order[start : start + self.max_batch]
+            yield places, self.scores(theta, *self.tokenizer.pad([rows[i] for i in places]))
+
+    def _at_least_shortest(
+        self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Adds padding columns up to the shortest length that the program takes."""
+        missing = self.bundle.manifest.program.length.min - input_ids.shape[-1]
+        if missing <= 0:
+            return input_ids, attention_mask
+        width = [(0, 0)] * (input_ids.ndim - 1) + [(0, missing)]
+        return (
+            np.pad(input_ids, width, constant_values=self.tokenizer.pad_id),
+            np.pad(attention_mask, width),
+        )
+
+    def _call(
+        self, name: str, theta: NDArray[np.float32], values: Mapping[str, NDArray[Any]]
+    ) -> dict[str, NDArray[np.float32]]:
+        import torch  # noqa: PLC0415  seconds to import; commands that run nothing skip it
+
+        manifest = self.bundle.manifest
+        manifest.layout.check(theta, source=f"{name}: theta")
+        available = {"theta": theta, **self._frozen, **values}
+        method = manifest.program.methods[name]
+        arrays = check_inputs(name, method, available, program=manifest.program)
+        tensors = [torch.from_numpy(np.require(a, requirements=["C", "W"])) for a in arrays]
+        with self._lock:
+            try:
+                if name not in self._methods:
+                    self._methods[name] = self._program.load_method(name)
+                results = self._methods[name].execute(tensors)
+            except RuntimeError as error:
+                shapes = {s.name: a.shape for s, a in zip(method.inputs, arrays, strict=True)}
+                raise DeviceError(
+                    f"{name}: the ExecuTorch runtime failed for shapes {shapes}: {error}"
+                ) from error
+            if len(results) != len(method.outputs):
+                raise DeviceError(
+                    f"{name}: expected {len(method.outputs)} outputs, got {len(results)}."
+                )
+            return {
+                spec.name: np.array(result.numpy(), dtype=np.float32, copy=True)
+                for spec, result in zip(method.outputs, results, strict=True)
+            }
+
+
+def check_inputs(
+    name: str, method: Method, available: Mapping[str, NDArray[Any]], *, program: Program
+) -> list[NDArray[Any]]:
+    """The method's inputs in the order of the call, each compared with the manifest.
+
+    Args:
+        name: of the method, for messages.
+        method: its inputs' specifications.
+        available: arrays by input name; those that the method does not take are left out.
+        program: whose bounds on batch and length hold.
+
+    Raises:
+        DeviceError: an input is missing or of another dtype or shape, or batch or length are
+            out of bounds or differ between inputs.
+    """
+    bounds = {"batch": program.batch, "length": program.length}
+    bound_to: dict[str, int] = {}
+    arrays = []
+    for spec in method.inputs:
+        array = available.get(spec.name)
+        if array is None:
+            raise DeviceError(f"{name}: expected an input {spec.name!r}, got none.")
+        if array.dtype != spec.dtype or array.ndim != len(spec.shape):
+            raise _wrong_input(name, spec, array)
+        for size, wanted in zip(array.shape, spec.shape, strict=True):
+            if isinstance(wanted, int):
+                if size != wanted:
+                    raise _wrong_input(name, spec, array)
+                continue
+            _check_bound(name, wanted, size, bounds[wanted])
+            if bound_to.setdefault(wanted, size) != size:
+                raise DeviceError(
+                    f"{name}: expected one {wanted} in all inputs, got {bound_to[wanted]} and "
+                    f"{size} ({spec.name})."
+                )
+        arrays.append(array)
+    return arrays
+
+
+def _check_bound(name: str, dimension: str, size: int, bound: Range) -> None:
+    if not bound.min <= size <= bound.max:
+        raise DeviceError(
+            f"{name}: expected a {dimension} of {bound.min} to {bound.max}, got {size}."
+        )
+
+
+def _wrong_input(name: str, spec: TensorSpec, array: NDArray[Any]) -> DeviceError:
+    shape = ", ".join(str(part) for part in spec.shape)
+    return DeviceError(
+        f"{name}: expected {spec.name} of {spec.dtype} ({shape}), got {array.dtype} {array.shape}."
+    )
+
+
+def check_runtime_version(found: str, allowed: RuntimeRange) -> None:
+    """Refuses a runtime outside ``allowed``; local and pre-release labels do not count.
+
+    Raises:
+        DeviceError: names the version and the range.
+    """
+    if not _release(allowed.at_least) <= _release(found) < _release(allowed.below):
+        raise DeviceError(
+            f"expected ExecuTorch {allowed.at_least} or later and below {allowed.below}, which "
+            f"this bundle's program was exported for, got {found}. Install such a version, or "
+            "export the bundle again."
+        )
+
+
+def _release(version: str) -> tuple[int, ...]:
+    numbers = re.match(r"\d+(\.\d+)*", version)
+    if numbers is None:
+        raise DeviceError(f"expected a version such as 1.5.1, got {version!r}.")
+    parts = [int(part) for part in numbers.group().split(".")]
+    while parts and parts[-1] == 0:  # 1.5 and 1.5.0 are one version
+        parts.pop()
+    return tuple(parts)
+
+
+@functools.cache
+def _runtime() -> Any:  # noqa: ANN401  executorch has no type information
+    """The process's ExecuTorch runtime; importing it takes seconds."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # torch and torchao log notices about each other on import
+    try:
+        with warnings.catch_warnings():
+            # executorch 1.5.1 announces that its Python API is experimental
+            warnings.simplefilter("ignore")
+            from executorch.runtime import Runtime  # noqa: PLC0415
+    finally:
+        logging.disable(previous)
+    return Runtime.get()
+
+
+def _open_program(bundle: Bundle) -> Any:  # noqa: ANN401  executorch has no type information
+    """Opens the ``.pte`` by path and compares it with the manifest."""
+    manifest, path = bundle.manifest, bundle.program_path
+    check_runtime_version(importlib.metadata.version("executorch"), manifest.program.runtime)
+    try:
+        program = _runtime().load_program(path)
+    except RuntimeError as error:
+        raise DeviceError(f"{path}: the ExecuTorch runtime cannot load it: {error}") from error
+    for name, known in _KNOWN_INPUTS.items():
+        method = manifest.program.methods.get(name)
+        if method is None or name not in program.method_names:
+            raise DeviceError(
+                f"{path}: expected a method {name!r}, got {sorted(program.method_names)} "
+                f"(manifest: {sorted(manifest.program.methods)})."
+            )
+        unknown = sorted({spec.name for spec in method.inputs} - known)
+        if unknown:
+            raise DeviceError(
+                f"{path}: {name} takes inputs that this version of carpool does not know: "
+                f"{', '.join(unknown)}. Update carpool."
+            )
+        outputs = tuple(spec.name for spec in method.outputs)
+        if outputs != _KNOWN_OUTPUTS[name]:
+            raise DeviceError(
+                f"{path}: expected {name} to return {_KNOWN_OUTPUTS[name]}, got {outputs}."
+            )
+        found = program.metadata(name)
+        counts = (found.num_inputs(), found.num_outputs())
+        expected = (len(method.inputs), len(method.outputs))
+        if counts != expected:
+            raise DeviceError(
+                f"{path}: {name}: expected {expected[0]} inputs and {expected[1]} outputs as in "
+                f"the manifest, got {counts[0]} and {counts[1]}."
+            )
+    return program
