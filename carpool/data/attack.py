@@ -273,7 +273,8 @@ def mask(text: str, *, names: Iterable[str], ordinary: Iterable[str] = ()) -> st
         elif name != name.lower():
             text = _name_pattern(name).sub(_SENTINEL, text)
     text = _REPEATED.sub(_SENTINEL, text)
-    return _ARTICLE_AND_SENTINEL.sub(_mask_in_its_case, text)
+    text = _ARTICLE_AND_SENTINEL.sub(_mask_in_its_case, text)
+    return _BARE_MASK_AT_END.sub("", text)
 
 
 def write_attack(folder: Path, *, seed: int) -> Summary:
@@ -318,6 +319,7 @@ _REPEATED = re.compile(rf"{_SENTINEL}(?: ?[/,(] ?{_SENTINEL}\)?)+")
 _ARTICLE_AND_SENTINEL = re.compile(
     rf"(?P<before>^|[.!?] )?(?:\b(?:the|an?) )?{_SENTINEL}", re.IGNORECASE
 )
+_BARE_MASK_AT_END = re.compile(rf"(?<=[.!?]) {MASK}$", re.IGNORECASE)  # a cut sentence's start
 _WORD = re.compile(r"\w+")
 
 
