@@ -39,10 +39,10 @@ _KNOWN_OUTPUTS = {"gradients": ("loss", "gradient"), "scores": ("scores",)}
 class DeviceProgram:
     """One loaded program, shared by all devices of a process. Get one with ``load``.
 
-    The runtime itself checks little: with too few inputs it reuses those of the call before,
-    and what it returns may be overwritten by the next call. So every input is compared with
-    the manifest before a call, and every output is copied before the lock is released. Calls
-    from several threads follow each other.
+    The runtime's own errors name neither inputs nor bounds, and how long its inputs and outputs
+    stay as they are differs between its versions and platforms. So every input is compared with
+    the manifest before a call, all of them are given each time, and every output is copied
+    before the next call. Calls from several threads follow each other.
 
     Guarantees: equal inputs give equal bits on one machine, whatever ran in between and
     however many threads the runtime uses.
@@ -50,6 +50,7 @@ class DeviceProgram:
     Attributes:
         bundle: what it was loaded from.
         tokenizer: the bundle's.
+        documents: the catalogue, in the order of the scores.
         document_index: a document's place in the scores, by id.
     """
 
@@ -59,7 +60,8 @@ class DeviceProgram:
     def __init__(self, bundle: Bundle) -> None:
         self.bundle = bundle
         self.tokenizer = QueryTokenizer.from_bundle(bundle)
-        self.document_index = {doc.id: place for place, doc in enumerate(bundle.documents())}
+        self.documents = bundle.documents()
+        self.document_index = {doc.id: place for place, doc in enumerate(self.documents)}
         self._frozen = bundle.corpus()
         self._lock = threading.Lock()
         # Program and methods are kept together: a method outlives neither its program nor
