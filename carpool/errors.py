@@ -13,7 +13,8 @@ CarpoolError                     what the command line prints in one line and ex
 ├── UpdateRejected               a device's update; ``device_id`` names it
 ├── CheckpointError              a run's directory cannot be resumed as asked
 ├── PrivacyError                 a guarantee that cannot be given, or a budget that is spent
-└── RoundFailed                  a round that stayed below its quorum; nothing was released
+├── RoundFailed                  a round that stayed below its quorum; nothing was released
+└── RunStopped                   a run that was asked to stop; what it released is safe
 
 Messages read "expected, got, what to do" and carry the value.
 """
@@ -83,3 +84,7 @@ class PrivacyError(CarpoolError):
 
 class RoundFailed(CarpoolError):  # noqa: N818  the field's word; every error here has the same base
     """A round that stayed below its quorum to the end; nothing was released."""
+
+
+class RunStopped(CarpoolError):  # noqa: N818  the field's word; every error here has the same base
+    """A run that was asked to stop; everything up to its last checkpoint is safe."""

@@ -1,6 +1,7 @@
 """What the coordinator and an aggregator say to each other, as bytes.
 
-A task goes out, a contribution comes back. Both are idempotent: the same task gives the same
+Once, an aggregator says which devices it speaks for. Then, in every round, a task goes out and
+a contribution comes back. All are idempotent: the same task gives the same
 contribution, so a lost reply may simply be asked for again. On the wire each is a header
 (canonical JSON) and one binary body (little-endian), which any transport can carry.
 """
@@ -30,6 +31,36 @@ class Wire:
 
     header: bytes
     body: bytes
+
+
+class PoolHeader(Model):
+    """Which devices an aggregator speaks for. On the wire its body is empty.
+
+    Attributes:
+        bundle_id, layout_id: what the aggregator has installed.
+        data_id: SHA-256 of a simulation's data set, so that a run is resumed with its own;
+            None where devices hold their own text.
+        device_ids: distinct.
+    """
+
+    version: Literal[1] = PROTOCOL_VERSION
+    bundle_id: Sha256
+    layout_id: Sha256
+    data_id: Sha256 | None = None
+    device_ids: tuple[str, ...]
+
+    def to_wire(self) -> Wire:
+        """As bytes."""
+        return Wire(_header_bytes(self), b"")
+
+    @classmethod
+    def from_wire(cls, wire: Wire) -> PoolHeader:
+        """Reads what ``to_wire`` wrote.
+
+        Raises:
+            MalformedMessage: another version, or a mistake in the header.
+        """
+        return _parse(PoolHeader, wire.header)
 
 
 class TaskHeader(Model):
@@ -129,7 +160,7 @@ class Contribution:
         return cls(header=header, total=_values(wire.body, "<i8", np.int64))
 
 
-_Header = TypeVar("_Header", TaskHeader, ContributionHeader)
+_Header = TypeVar("_Header", PoolHeader, TaskHeader, ContributionHeader)
 _Scalar = TypeVar("_Scalar", np.float32, np.int64)
 
 
