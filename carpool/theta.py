@@ -154,8 +154,14 @@ def write_theta(
     write_atomically(path, save({"theta": theta}, metadata=metadata))
 
 
-def read_theta(path: Path, *, layout: Layout, bundle_id: str) -> NDArray[np.float32]:
+def read_theta(path: Path, *, layout: Layout, bundle_id: str | None) -> NDArray[np.float32]:
     """Reads a theta and refuses one of another layout or bundle.
+
+    Args:
+        path: a ``.safetensors`` file.
+        layout: what its values must mean.
+        bundle_id: what it must have been trained for; None only for the theta inside a
+            bundle, which names no bundle and is vouched for by the manifest's hash.
 
     Returns:
         float32, shape ``(layout.num_values,)``, all finite.
@@ -168,12 +174,10 @@ def read_theta(path: Path, *, layout: Layout, bundle_id: str) -> NDArray[np.floa
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             theta: NDArray[np.float32] = file.get_tensor("theta")
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, TypeError) as error:  # TypeError: a dtype numpy has not
         raise ThetaError(f"{path}: expected a theta in safetensors form, got: {error}") from error
     for key, expected in (("format", _FORMAT), ("layout", layout.id), ("bundle", bundle_id)):
         found = metadata.get(key)
-        if key == "bundle" and found is None:
-            continue
         if found != expected:
             raise ThetaError(
                 f"{path}: expected a theta of {key} {expected}, got {key} {found}. "

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, StringConstraints
+from pydantic import Field, StringConstraints, model_validator
 
 from carpool.schema import Model, Sha256, canonical_id
 from carpool.theta import Layout
@@ -29,6 +29,12 @@ class Range(Model):
 
     min: PositiveInt
     max: PositiveInt
+
+    @model_validator(mode="after")
+    def _is_not_empty(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"expected min <= max, got {self.min} and {self.max}")
+        return self
 
 
 class RuntimeRange(Model):
@@ -216,6 +222,20 @@ class Manifest(Model):
     licences: tuple[Licence, ...]
     files: dict[FileName, FileEntry]
     signature: Signature | None
+
+    @model_validator(mode="after")
+    def _vouches_for_every_file(self) -> Self:
+        used = {
+            self.theta_file,
+            self.documents.file,
+            self.documents.corpus_file,
+            self.program.file,
+            self.tokenizer.file,
+            self.golden.file,
+        }
+        if missing := sorted(used - self.files.keys()):
+            raise ValueError(f"expected files to list every file in use, got no {missing}")
+        return self
 
     @property
     def id(self) -> str:

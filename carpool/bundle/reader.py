@@ -69,7 +69,7 @@ class Bundle:
     def initial_theta(self) -> NDArray[np.float32]:
         """The theta that was shipped: float32, shape ``(num_values,)``; zeros at first."""
         return read_theta(
-            self.path / self.manifest.theta_file, layout=self.manifest.layout, bundle_id=self.id
+            self.path / self.manifest.theta_file, layout=self.manifest.layout, bundle_id=None
         )
 
     def corpus(self) -> dict[str, NDArray[np.float32]]:
@@ -94,11 +94,16 @@ class Bundle:
         return corpus
 
     def golden(self) -> tuple[dict[str, NDArray[np.generic]], list[str]]:
-        """The golden step's arrays by name, and the texts its token ids come from."""
+        """The golden step's arrays by name, and the texts its token ids come from.
+
+        Raises:
+            BundleError: the file cannot be read as safetensors.
+        """
         path = self.path / self.manifest.golden.file
+        arrays = read_arrays(path)
         with safe_open(path, framework="numpy") as file:
             texts = json.loads((file.metadata() or {}).get("texts", "[]"))
-        return read_arrays(path), texts
+        return arrays, texts
 
 
 def read_arrays(path: Path) -> dict[str, NDArray[np.generic]]:
@@ -109,7 +114,7 @@ def read_arrays(path: Path) -> dict[str, NDArray[np.generic]]:
     """
     try:
         return load_file(path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, TypeError) as error:  # TypeError: a dtype numpy has not
         raise BundleError(f"{path}: expected safetensors, got: {error}") from error
 
 
@@ -144,7 +149,11 @@ def _check_file(path: Path, *, expected_bytes: int, expected_sha256: str) -> Non
     try:
         found_bytes = path.stat().st_size
     except FileNotFoundError as error:
-        raise BundleError(f"{path}: expected {expected_bytes} bytes, found no file.") from error
+        raise BundleError(
+            f"{path}: expected {expected_bytes} bytes, found no file. Copy the bundle again."
+        ) from error
+    if not path.is_file():
+        raise BundleError(f"{path}: expected a file, found a directory. Copy the bundle again.")
     if found_bytes != expected_bytes:
         raise BundleError(
             f"{path}: expected {expected_bytes} bytes, found {found_bytes}. Copy the bundle again."

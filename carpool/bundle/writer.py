@@ -49,6 +49,7 @@ def finish_bundle(staging: Path, destination: Path, fields: dict[str, Any]) -> B
 
     Raises:
         pydantic.ValidationError: a field is wrong; nothing was moved.
+        BundleError: something came to be at ``destination`` meanwhile; nothing was moved.
     """
     files = {
         path.name: FileEntry(bytes=path.stat().st_size, sha256=sha256_of_file(path))
@@ -62,6 +63,11 @@ def finish_bundle(staging: Path, destination: Path, fields: dict[str, Any]) -> B
             os.fsync(file.fileno())
     staging.chmod(0o755)  # mkdtemp made it private
     sync_directory(staging)
-    staging.rename(destination)
+    try:
+        staging.rename(destination)
+    except OSError as error:
+        raise BundleError(
+            f"{destination}: expected a path where nothing is yet, got: {error.strerror}."
+        ) from error
     sync_directory(destination.parent)
     return Bundle(path=destination, manifest=manifest, id=manifest.id)
