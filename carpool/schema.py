@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Iterable
-from typing import Annotated, Any
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any, get_args
 
 import rfc8785
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 """A lower-case hexadecimal SHA-256."""
+
+
+_MOST_CHARACTERS = 100
 
 
 class Model(BaseModel):
@@ -50,19 +53,41 @@ def describe(error: ValidationError, model: type[BaseModel]) -> str:
             lines.append(f"{where}: unknown field{nearest(str(item['loc'][-1]), known)}")
         elif item["type"] == "missing":
             lines.append(f"{where}: missing")
+        elif item["type"] == "value_error":  # our own validators say what they got
+            lines.append(f"{where}: {item['ctx']['error']}")
         else:
-            lines.append(f"{where}: {item['msg']}, got {item['input']!r}")
+            lines.append(f"{where}: {item['msg']}, got {_shortened(item['input'])}")
     return "\n".join(lines)
 
 
-def _fields_at(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
-    """The field names of the record that ``path`` leads to, aliases included."""
-    current: type[BaseModel] = model
+def _shortened(value: object) -> str:
+    """``repr``, cut: a wrong value may be a whole file, and private."""
+    text = repr(value)
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}..."
+
+
+def _fields_at(model: type[BaseModel], path: tuple[int | str, ...]) -> set[str]:
+    """The field names of the record that ``path`` leads to, aliases included.
+
+    A path through a union holds the member's tag, one through a list or dict an index or key.
+    """
+    models = [model]
     for part in path:
-        field = current.model_fields.get(str(part))
-        if field is None:
-            break
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            current = inner
-    return [field.alias or name for name, field in current.model_fields.items()]
+        fields = [m.model_fields[part] for m in models if part in m.model_fields]
+        if fields:
+            models = [inner for field in fields for inner in _models_in(field.annotation)]
+        else:
+            tagged = [
+                m
+                for m in models
+                if any(part in get_args(field.annotation) for field in m.model_fields.values())
+            ]
+            models = tagged or models
+    return {field.alias or name for m in models for name, field in m.model_fields.items()}
+
+
+def _models_in(annotation: object) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _models_in(inner)

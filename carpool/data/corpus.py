@@ -100,9 +100,15 @@ def _read_lines(path: Path, record: type[_Record]) -> Iterator[tuple[int, _Recor
                 if not line.strip():
                     continue
                 try:
-                    yield number, record.model_validate_json(line)
+                    yield number, record.model_validate_json(line.decode())
+                except UnicodeDecodeError as error:
+                    raise CorpusError(
+                        f"{path}:{number}: expected UTF-8, got byte 0x{line[error.start]:02x} as "
+                        f"the line's byte {error.start + 1}."
+                    ) from error
                 except ValidationError as error:
                     reason = describe(error, record).replace("\n", "; ")
+                    reason = reason.replace(" at line 1 column ", " at column ")
                     raise CorpusError(f"{path}:{number}: {reason}") from error
     except OSError as error:
         raise CorpusError(f"{path}: expected a JSON-lines file, got: {error.strerror}.") from error
