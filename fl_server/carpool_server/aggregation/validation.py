@@ -1,0 +1,99 @@
+"""Nothing is added before it was checked: what a contribution must be to enter the sum."""
+
+from __future__ import annotations
+
+from carpool.errors import ContributionRejected
+from carpool.protocol import Contribution, TaskHeader
+from carpool_server.aggregation.grid import GRID_BOUND
+
+
+def validate_contribution(
+    contribution: Contribution, *, task: TaskHeader, num_values: int, sender: str
+) -> None:
+    """Refuses a contribution that does not answer its task or exceeds its bound.
+
+    Guarantees: on return the sum is that of at most ``count`` distinct devices that were
+    asked, and it is one that ``count`` clipped updates can have: its L2 norm is at most
+    ``count * 2**GRID_BITS`` grid units, compared exactly in integers.
+
+    What it cannot see: an honest-looking sum within the bound. A lying aggregator has the
+    influence of the devices it speaks for, and no more.
+
+    Args:
+        contribution: as it came in.
+        task: what the sender was asked.
+        num_values: theta's length.
+        sender: who sent it, for the message.
+
+    Raises:
+        ContributionRejected: names the sender, what was expected and what was found.
+    """
+    header = contribution.header
+    for name in ("run_id", "round_number", "bundle_id", "layout_id"):
+        expected, found = getattr(task, name), getattr(header, name)
+        if found != expected:
+            raise ContributionRejected(f"expected {name} {expected}, got {found}.", sender=sender)
+    if contribution.total.shape != (num_values,):
+        raise ContributionRejected(
+            f"expected a sum of {num_values} values, got {contribution.total.size}.", sender=sender
+        )
+    _validate_devices(contribution, task=task, sender=sender)
+    _validate_range(contribution, sender=sender)
+    if not task.report_loss and (header.num_examples, header.loss_sum) != (None, None):
+        raise ContributionRejected(
+            "expected no training loss and no number of examples: the task did not ask for them.",
+            sender=sender,
+        )
+
+
+def _validate_devices(contribution: Contribution, *, task: TaskHeader, sender: str) -> None:
+    header = contribution.header
+    if header.count != len(header.device_ids):
+        raise ContributionRejected(
+            f"expected a count of {len(header.device_ids)}, as many as it names devices, "
+            f"got {header.count}.",
+            sender=sender,
+        )
+    distinct = set(header.device_ids)
+    if len(distinct) != header.count:
+        twice = min(i for i in distinct if header.device_ids.count(i) > 1)
+        raise ContributionRejected(
+            f"expected distinct devices, got {twice!r} {header.device_ids.count(twice)} times.",
+            sender=sender,
+        )
+    unasked = (distinct | header.refused.keys()) - set(task.device_ids)
+    if unasked:
+        raise ContributionRejected(
+            f"expected devices of its task alone, got {min(unasked)!r}, which was not asked of it.",
+            sender=sender,
+        )
+    both = distinct & header.refused.keys()
+    if both:
+        raise ContributionRejected(
+            f"expected each device in the sum or refused, got {min(both)!r} in both.",
+            sender=sender,
+        )
+
+
+def _validate_range(contribution: Contribution, *, sender: str) -> None:
+    count = contribution.header.count
+    # Python's integers: the squares do not fit 64 bits
+    values = contribution.total.tolist()
+    largest = max(map(abs, values))
+    if count == 0 and largest:
+        raise ContributionRejected(
+            f"expected a sum of zeros from no device, got a value of {largest}.", sender=sender
+        )
+    bound = count * GRID_BOUND
+    if largest > bound:
+        raise ContributionRejected(
+            f"expected values within {bound} grid units (of {count} clipped updates), "
+            f"got {largest}.",
+            sender=sender,
+        )
+    if sum(value * value for value in values) > bound * bound:
+        raise ContributionRejected(
+            f"expected an L2 norm within {bound} grid units (of {count} clipped updates), "
+            "got a larger one.",
+            sender=sender,
+        )

@@ -1,0 +1,275 @@
+"""A run's folder: one atomic checkpoint, the released thetas, and nobody else in it.
+
+``checkpoint.safetensors`` is the whole state of a run after a round. The noise source is no
+part of it, and a sum before noise never is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from carpool.config import RunConfig, changed_settings
+from carpool.errors import CheckpointError, ConfigError
+from carpool.files import write_atomically
+from carpool.schema import Model, Sha256, describe
+from carpool.theta import Layout, write_theta
+from carpool_server.hooks import RoundRecord
+from carpool_server.optimizers import State
+
+CHECKPOINT_VERSION: Literal[1] = 1
+CHECKPOINT_NAME = "checkpoint.safetensors"
+LOCK_NAME = ".lock"
+
+_STATE_PREFIX = "optimizer."
+
+
+class Population(Model):
+    """The registered devices, without their names.
+
+    Attributes:
+        size: how many.
+        digest: SHA-256 over their sorted ids.
+    """
+
+    size: Annotated[int, Field(ge=1)]
+    digest: Sha256
+
+
+class RunInfo(Model):
+    """Everything about a run at a round but its arrays.
+
+    Attributes:
+        version: of this schema.
+        run_id: random; keeps one run's messages from another's.
+        round_number: rounds that are released; 0 before the first.
+        config: the resolved settings, the seed among them.
+        bundle_id, layout_id: what theta belongs to.
+        data_id: of a simulation's data set.
+        population: who may be drawn.
+        noise_multiplier: z of every round; 0 in mode ``none``.
+        sampling_key: of the cohorts where it must stay secret; the file is then readable by
+            its owner alone.
+        versions: of what computed this run; informative.
+        history: the rounds' numbers.
+    """
+
+    version: Literal[1] = CHECKPOINT_VERSION
+    run_id: str
+    round_number: Annotated[int, Field(ge=0)]
+    config: RunConfig
+    bundle_id: Sha256
+    layout_id: Sha256
+    data_id: Sha256 | None
+    population: Population
+    noise_multiplier: Annotated[float, Field(ge=0)]
+    sampling_key: Sha256 | None
+    versions: dict[str, str]
+    history: tuple[RoundRecord, ...]
+
+    @property
+    def finished(self) -> bool:
+        """Whether all rounds are released."""
+        return self.round_number == self.config.rounds
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunState:
+    """A run after a round: float32 theta, the optimiser's float64 arrays, and the rest."""
+
+    info: RunInfo
+    theta: NDArray[np.float32]
+    optimizer: State
+
+
+def encode(state: RunState) -> bytes:
+    """A checkpoint's bytes: safetensors, whose metadata holds ``info`` and a digest of all."""
+    arrays: dict[str, NDArray[np.generic]] = {"theta": state.theta}
+    arrays |= {_STATE_PREFIX + name: values for name, values in state.optimizer.items()}
+    info = json.dumps(state.info.model_dump(mode="json"), sort_keys=True)
+    return save(arrays, metadata={"info": info, "digest": _digest(info, arrays)})
+
+
+def read_checkpoint(path: Path) -> RunState:
+    """Reads a checkpoint and checks that it is whole.
+
+    Raises:
+        CheckpointError: the file is missing, torn or changed, or of another schema version;
+            names the file, what was expected and what was found.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: expected a whole checkpoint, got: {error}") from error
+    text = metadata.get("info", "")
+    if metadata.get("digest") != _digest(text, arrays) or "theta" not in arrays:
+        raise CheckpointError(
+            f"{path}: expected a checkpoint that matches its digest, got changed bytes. "
+            "Restore the file, or start a new run in another folder."
+        )
+    version = json.loads(text).get("version")
+    if version != CHECKPOINT_VERSION:
+        raise CheckpointError(
+            f"{path}: expected checkpoint version {CHECKPOINT_VERSION}, got {version!r}. "
+            "Resume it with the version of carpool that wrote it."
+        )
+    try:
+        info = RunInfo.model_validate_json(text)
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: {describe(error, RunInfo)}") from error
+    optimizer = {
+        name.removeprefix(_STATE_PREFIX): values
+        for name, values in arrays.items()
+        if name.startswith(_STATE_PREFIX)
+    }
+    return RunState(info=info, theta=arrays["theta"], optimizer=optimizer)
+
+
+class RunFolder:
+    """A run's folder, held by one process at a time. Close it after use.
+
+    Attributes:
+        path: the folder.
+        state: the checkpoint that was found and may be resumed, or None.
+
+    Args:
+        path: made where it is missing.
+        config: the settings asked for now.
+        bundle_id: the bundle asked for now.
+        data_id: the data set asked for now, where it is known.
+        resume: whether a run is expected there.
+        keep_every: keep the released theta of every k-th round, and of the last.
+
+    Raises:
+        CheckpointError: a run where none was expected, or none where one was; a checkpoint
+            that is torn or of another version, bundle or data set; another process in it.
+        ConfigError: settings that differ from the checkpoint's, each named.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        config: RunConfig,
+        bundle_id: str,
+        data_id: str | None,
+        resume: bool,
+        keep_every: int = 1,
+    ) -> None:
+        self.path = path
+        self._keep_every = keep_every
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = _locked(path / LOCK_NAME)
+        try:
+            self.state = self._found(resume=resume)
+            if self.state is not None:
+                _check_same(self.state.info, path, config, bundle_id, data_id)
+            _remove_strays(path)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Lets another process have the folder."""
+        os.close(self._lock)
+
+    def write(self, state: RunState) -> None:
+        """Replaces the checkpoint, durably and atomically."""
+        private = state.info.sampling_key is not None
+        write_atomically(self.path / CHECKPOINT_NAME, encode(state), private=private)
+        self.state = state
+
+    def release(self, state: RunState, *, layout: Layout) -> Path | None:
+        """Writes the round's released theta where it is kept and not there yet."""
+        info = state.info
+        if info.round_number % self._keep_every and not info.finished:
+            return None
+        path = self.release_path(info.round_number)
+        if not path.exists():
+            write_theta(
+                path,
+                state.theta,
+                layout=layout,
+                bundle_id=info.bundle_id,
+                round_number=info.round_number,
+            )
+        return path
+
+    def release_path(self, round_number: int) -> Path:
+        """Where a round's released theta is, if it is kept."""
+        return self.path / f"theta-round-{round_number:04d}.safetensors"
+
+    def _found(self, *, resume: bool) -> RunState | None:
+        path = self.path / CHECKPOINT_NAME
+        if path.exists() and not resume:
+            raise CheckpointError(
+                f"{self.path}: expected a folder without a run, found {CHECKPOINT_NAME}. "
+                "Add --resume to go on with it, or choose another folder."
+            )
+        if not path.exists() and resume:
+            raise CheckpointError(
+                f"{self.path}: expected a run to resume, found no {CHECKPOINT_NAME}. "
+                "Leave out --resume to start one."
+            )
+        return read_checkpoint(path) if resume else None
+
+
+def _check_same(
+    info: RunInfo, folder: Path, config: RunConfig, bundle_id: str, data_id: str | None
+) -> None:
+    changed = changed_settings(info.config, config)
+    if changed:
+        raise ConfigError(
+            f"{folder}: expected the settings of the run that is resumed; changed: "
+            f"{'; '.join(changed)}. Put them back, or start a new run in another folder."
+        )
+    pairs = [("bundle", info.bundle_id, bundle_id)]
+    if data_id is not None:
+        pairs.append(("data set", info.data_id or "none", data_id))
+    for name, expected, found in pairs:
+        if found != expected:
+            raise CheckpointError(
+                f"{folder}: expected the {name} {expected} of the run that is resumed, "
+                f"got {found}. Use the same {name}, or start a new run in another folder."
+            )
+
+
+def _locked(path: Path) -> int:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise CheckpointError(
+            f"{path.parent}: expected a folder that no process is using, but a run is going on "
+            "in it. Wait for it, or stop it first."
+        ) from error
+    return descriptor
+
+
+def _remove_strays(folder: Path) -> None:
+    """Half-written files of a process that was killed: never part of a run."""
+    for path in folder.glob(".*.safetensors.*"):
+        path.unlink(missing_ok=True)
+
+
+def _digest(info: str, arrays: dict[str, NDArray[np.generic]]) -> str:
+    digest = hashlib.sha256(info.encode())
+    for name in sorted(arrays):
+        values = arrays[name]
+        digest.update(f"{name} {values.dtype} {values.shape}".encode())
+        digest.update(np.ascontiguousarray(values).tobytes())
+    return digest.hexdigest()
