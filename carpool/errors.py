@@ -21,9 +21,23 @@ Messages read "expected, got, what to do" and carry the value.
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class CarpoolError(Exception):
-    """Base of all errors that carpool raises on purpose."""
+    """Base of all errors that carpool raises on purpose. They survive pickling."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Exception's own would call ``__init__`` with the finished message alone."""
+        return _restored, (type(self), self.args, self.__dict__)
+
+
+def _restored(
+    kind: type[CarpoolError], args: tuple[Any, ...], state: dict[str, Any]
+) -> CarpoolError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class BundleError(CarpoolError):
