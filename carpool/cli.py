@@ -10,13 +10,15 @@ from __future__ import annotations
 import importlib.metadata
 import re
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 from typer.core import TyperGroup
 
 from carpool.errors import CarpoolError
+
+if TYPE_CHECKING:
+    import click  # typer's own dependency: here for the types of its methods alone
 
 ENTRY_POINT_GROUP = "carpool.commands"
 
@@ -139,7 +141,7 @@ def _pip_install(extra: str) -> str:
 
 def _command_names(app: typer.Typer) -> set[str]:
     group = typer.main.get_command(app)
-    return set(group.commands) if isinstance(group, click.Group) else set()
+    return set(group.commands) if isinstance(group, TyperGroup) else set()
 
 
 def _optional_modules() -> set[str]:
