@@ -1,0 +1,104 @@
+"""``carpool export`` and ``carpool merge``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from carpool.errors import ExportError
+from carpool.progress import progress
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the exporter's commands to the root command."""
+    app.command("export")(export)
+
+
+def export(
+    model: Annotated[
+        str, typer.Argument(help="A sentence-transformers folder, or an installed model package.")
+    ],
+    documents: Annotated[Path, typer.Argument(help="JSON lines: id, title, text.")],
+    out: Annotated[Path, typer.Argument(help="Where the bundle shall be; must not exist.")],
+    *,
+    preset: Annotated[
+        str, typer.Option(help="small: few trained values. paper: full matrices.")
+    ] = "small",
+    logit_scale: Annotated[float, typer.Option(help="Logits per unit of cosine.")] = 20.0,
+    document_length: Annotated[
+        int, typer.Option(help="Tokens of a document that its embedding is made from.")
+    ] = 128,
+    max_batch: Annotated[int, typer.Option(help="Most rows in one call.")] = 8,
+    max_length: Annotated[
+        int, typer.Option(help="Most tokens in a row. Memory is planned for it.")
+    ] = 64,
+    scale: Annotated[
+        list[str] | None,
+        typer.Option(help="SEGMENT=NUMBER: parameter units per unit of theta. Repeatable."),
+    ] = None,
+    model_licence: Annotated[
+        str | None, typer.Option(help="The model's licence, where its card states none.")
+    ] = None,
+    notice: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A text that must go with the documents. Repeatable. "
+            "Default: NOTICE beside the documents file, if there."
+        ),
+    ] = None,
+) -> None:
+    """Turn a model and a documents file into a bundle that devices can train.
+
+    The finished program is compared with eager PyTorch; above the tolerance nothing is written.
+    """
+    # Imported here: torch and transformers take seconds, and --help must not.
+    from carpool_export.exporter import STAGES, ExportSettings, export_bundle  # noqa: PLC0415
+
+    settings = ExportSettings(
+        preset=preset,
+        logit_scale=logit_scale,
+        document_length=document_length,
+        max_batch=max_batch,
+        max_length=max_length,
+        scales=dict(_parse_scale(text) for text in scale or []),
+        licence=model_licence,
+        notices=tuple(_read_notice(path) for path in notice or []),
+    )
+    with progress(f"export {preset}", total=len(STAGES)) as bar:
+        begun = 0
+
+        def announce(stage: str) -> None:
+            nonlocal begun
+            bar.advance(1 if begun else 0, note=stage)
+            begun += 1
+
+        bundle = export_bundle(model, documents, out, settings, announce=announce)
+        bar.advance(note="done")
+    manifest = bundle.manifest
+    size = manifest.files[manifest.program.file].bytes
+    typer.echo(
+        f"{out}: bundle {bundle.id}\n"
+        f"preset {manifest.preset}: {manifest.layout.num_values:,} trained values, "
+        f"{manifest.documents.count:,} documents, program {size / 1e6:.1f} MB\n"
+        f"largest error against eager PyTorch, of the largest value: gradient "
+        f"{manifest.parity.gradient_error:.1e}, scores {manifest.parity.scores_error:.1e}"
+    )
+
+
+def _parse_scale(text: str) -> tuple[str, float]:
+    name, _, number = text.partition("=")
+    try:
+        return name, float(number)
+    except ValueError as error:
+        raise ExportError(
+            f"--scale: expected SEGMENT=NUMBER, for example adapter.bias=0.1, got {text!r}."
+        ) from error
+
+
+def _read_notice(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ExportError(f"--notice {path}: expected a text file, got: {error}") from error

@@ -1,0 +1,79 @@
+"""One training step that any device can replay, to know whether its runtime is right."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from carpool.data.corpus import Document
+from carpool_export.corpus import pad
+from carpool_export.parity import random_theta
+from carpool_export.reference import Batch, Reference, clipped_sum
+
+GRADIENT_TOLERANCE = 1e-4
+SCORES_TOLERANCE = 1e-4
+LOSS_TOLERANCE = 1e-4
+"""Errors allowed on a device, as shares of the largest expected value. A right runtime on this
+processor is within the gate (2e-6). Another processor's kernels add in another order and may
+multiply in reduced steps, so the bound is 50 times that; a wrong kernel, mask or weight shows at
+1e-2 and above."""
+
+_ROWS = 4
+_SEED = 20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GoldenStep:
+    """Inputs and expected results, by the names they have in ``golden.safetensors``."""
+
+    tensors: dict[str, Tensor]
+    texts: list[str]
+
+
+def golden_step(
+    reference: Reference,
+    tokenizer: Tokenizer,
+    documents: list[Document],
+    *,
+    pad_id: int,
+    max_batch: int,
+    min_length: int,
+) -> GoldenStep:
+    """The first documents' titles as queries for themselves, at a theta that is not zero.
+
+    The clip bound is below half of the rows' norms, so that clipping is replayed too. The
+    expected values come from eager PyTorch and not from the program.
+    """
+    rows = min(_ROWS, max_batch, len(documents))
+    texts = [document.title for document in documents[:rows]]
+    input_ids, attention_mask = pad(
+        [tokenizer.encode(text).ids for text in texts], pad_id=pad_id, min_length=min_length
+    )
+    batch = Batch(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        labels=torch.arange(rows),
+        example_weights=torch.full((rows,), 1 / rows),
+    )
+    theta = 0.2 * random_theta(reference.layout.num_values, seed=_SEED)
+    losses, gradients = reference.example_gradients(theta, batch)
+    bound = 0.9 * float(gradients.norm(dim=1).median())
+    with torch.no_grad():
+        scores = reference.scores(theta, batch)
+    return GoldenStep(
+        texts=texts,
+        tensors={
+            "theta": theta,
+            "input_ids": batch.input_ids,
+            "attention_mask": batch.attention_mask,
+            "labels": batch.labels,
+            "example_weights": batch.example_weights,
+            "l2_clip_norm": torch.tensor([bound]),
+            "expected_loss": (losses * batch.example_weights).sum().reshape(1),
+            "expected_gradient": clipped_sum(gradients, batch.example_weights, l2_clip_norm=bound),
+            "expected_scores": scores,
+        },
+    )

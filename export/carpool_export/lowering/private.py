@@ -1,0 +1,171 @@
+"""Every use of a name that torch or ExecuTorch does not promise to keep.
+
+Tried on torch 2.13.0 and ExecuTorch 1.5.1. ``NAMES`` lists them, and a test fails when one
+moves. The two patches change how long lowering takes and not what comes out of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.fx.traceback as fx_traceback
+from executorch.backends.xnnpack import xnnpack_preprocess
+from executorch.backends.xnnpack._passes import (
+    XNNPACKPassManager,
+    XNNPACKRemoveCloneOpsTransform,
+)
+from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
+from executorch.backends.xnnpack.partition.config.gemm_configs import GEMMConfig, LinearConfig
+from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType
+from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+from executorch.backends.xnnpack.utils.utils import is_param_node
+from executorch.exir import EdgeCompileConfig
+from executorch.exir.passes.memory_format_ops_pass import DimOrderOpsRevertPass
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+NAMES: tuple[tuple[str, str], ...] = (
+    ("executorch.backends.xnnpack.xnnpack_preprocess", "XNNPACKPassManager"),
+    ("executorch.backends.xnnpack._passes", "XNNPACKPassManager.transform"),
+    ("executorch.backends.xnnpack._passes", "XNNPACKRemoveCloneOpsTransform"),
+    ("executorch.backends.xnnpack.partition.config", "ALL_PARTITIONER_CONFIGS"),
+    ("executorch.backends.xnnpack.partition.config.gemm_configs", "GEMMConfig._get_weight_deps"),
+    ("executorch.backends.xnnpack.partition.config.gemm_configs", "LinearConfig._get_weight_deps"),
+    ("executorch.backends.xnnpack.partition.config.gemm_configs", "LinearConfig._get_bias_deps"),
+    ("executorch.backends.xnnpack.partition.config.xnnpack_config", "ConfigPrecisionType.FP32"),
+    ("executorch.backends.xnnpack.utils.utils", "is_param_node"),
+    ("executorch.exir.passes.memory_format_ops_pass", "DimOrderOpsRevertPass"),
+    ("torch.fx.experimental.proxy_tensor", "make_fx"),
+    ("torch.fx.traceback", "NodeSource"),
+    ("torch.fx.traceback", "NodeSourceAction.CREATE"),
+    ("torch.fx.traceback", "current_meta"),
+    ("torch.fx.traceback", "set_current_meta"),
+    ("torch.fx.traceback", "should_preserve_node_meta"),
+    ("transformers.masking_utils", "ALL_MASK_ATTENTION_FUNCTIONS"),
+)
+"""(module, attribute) of each; the last is what ``model.py`` counts on not having its name."""
+
+
+def trace(
+    function: Callable[..., Any],
+    example_inputs: Sequence[Tensor],
+    *,
+    decompositions: Mapping[Any, Callable[..., Any]],
+) -> GraphModule:
+    """The function's flat graph, backward passes included, with symbolic sizes.
+
+    ``torch.export`` alone cannot trace a function that calls ``torch.autograd.grad``.
+    ``_allow_non_fake_inputs`` lets the frozen weights in as they are.
+    """
+    graph_module: GraphModule = make_fx(
+        function,
+        decomposition_table=dict(decompositions),
+        tracing_mode="symbolic",
+        _allow_non_fake_inputs=True,
+    )(*example_inputs)
+    graph_module.graph.eliminate_dead_code()
+    graph_module.recompile()
+    return graph_module
+
+
+def edge_config() -> EdgeCompileConfig:
+    """Without the check that the graph holds core ATen operators alone: ``linear`` is none."""
+    return EdgeCompileConfig(_check_ir_validity=False)
+
+
+class _RuntimeWeightLinear(LinearConfig):  # type: ignore[misc]  # executorch has no types
+    """``linear`` whose weight and bias may be computed: theta is an input."""
+
+    def get_original_aten(self) -> Any:  # noqa: ANN401  an overload
+        """Keeps ``linear`` whole until it is partitioned."""
+        return torch.ops.aten.linear.default
+
+    def _get_weight_deps(
+        self, node: Node, ep: ExportedProgram, precision: ConfigPrecisionType
+    ) -> tuple[bool, list[Node]]:
+        if not is_param_node(ep, node.args[1]):
+            return True, []
+        frozen: tuple[bool, list[Node]] = super()._get_weight_deps(node, ep, precision)
+        return frozen
+
+    def _get_bias_deps(
+        self, node: Node, ep: ExportedProgram, precision: ConfigPrecisionType
+    ) -> tuple[bool, list[Node]]:
+        bias = node.args[2] if len(node.args) > 2 else None  # noqa: PLR2004  input, weight, bias
+        if bias is not None and not is_param_node(ep, bias):
+            return True, []
+        frozen: tuple[bool, list[Node]] = super()._get_bias_deps(node, ep, precision)
+        return frozen
+
+
+class _RuntimeWeightMatmul(GEMMConfig):  # type: ignore[misc]  # executorch has no types
+    """``mm`` whose second factor may be computed; the stock set has no ``mm`` at all."""
+
+    target_name = "mm.default"
+
+    def __init__(self, **options: Any) -> None:  # noqa: ANN401  handed on
+        super().__init__(weight_idx=1, bias_idx=None, act_idx=0, fused_acts=[], **options)
+
+    def supported_precision_types(self) -> list[ConfigPrecisionType]:
+        """Float32 alone."""
+        return [ConfigPrecisionType.FP32]
+
+    def _get_weight_deps(
+        self, node: Node, ep: ExportedProgram, precision: ConfigPrecisionType
+    ) -> tuple[bool, list[Node]]:
+        if not is_param_node(ep, node.args[1]):
+            return True, []
+        frozen: tuple[bool, list[Node]] = super()._get_weight_deps(node, ep, precision)
+        return frozen
+
+
+def partitioner() -> XnnpackPartitioner:
+    """XNNPACK with every stock operator, and products by values that are not constants."""
+    replaced = ("linear.default", "addmm.default", "mm.default")
+    stock = [config for config in ALL_PARTITIONER_CONFIGS if config.target_name not in replaced]
+    return XnnpackPartitioner(configs=[*stock, _RuntimeWeightLinear, _RuntimeWeightMatmul])
+
+
+class _FewPasses(XNNPACKPassManager):  # type: ignore[misc]  # executorch has no types
+    """Of XNNPACK's 17 passes over each partition, the two that match anything here."""
+
+    def __init__(self, exported_program: ExportedProgram, passes: list[Any] | None = None) -> None:
+        super().__init__(
+            exported_program, passes or [XNNPACKRemoveCloneOpsTransform, DimOrderOpsRevertPass]
+        )
+
+
+@contextlib.contextmanager
+def _meta_with_one_source(node: Node, pass_name: str = "") -> Iterator[None]:
+    """As the original, but a node keeps its first source: the chain would grow by every pass."""
+    if not (fx_traceback.should_preserve_node_meta and node.meta):
+        yield
+        return
+    saved = fx_traceback.current_meta
+    try:
+        meta = node.meta.copy()
+        meta["from_node"] = meta.get("from_node") or [
+            fx_traceback.NodeSource(node, pass_name, fx_traceback.NodeSourceAction.CREATE)
+        ]
+        fx_traceback.current_meta = meta
+        yield
+    finally:
+        fx_traceback.current_meta = saved
+
+
+@contextlib.contextmanager
+def fast_lowering() -> Iterator[None]:
+    """Both patches while it is open; not for several threads at once."""
+    pass_manager, set_meta = xnnpack_preprocess.XNNPACKPassManager, fx_traceback.set_current_meta
+    xnnpack_preprocess.XNNPACKPassManager = _FewPasses
+    fx_traceback.set_current_meta = _meta_with_one_source
+    try:
+        yield
+    finally:
+        xnnpack_preprocess.XNNPACKPassManager = pass_manager
+        fx_traceback.set_current_meta = set_meta

@@ -1,0 +1,173 @@
+"""The gate: the finished program against eager PyTorch, before a bundle is written."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from carpool.errors import ParityError
+from carpool.recipe import PLAIN_GRADIENT_CLIP
+from carpool_export.reference import Batch, Reference, clipped_sum
+from carpool_export.runner import LoadedProgram
+
+GRADIENT_GATE = 2e-6
+"""Largest gradient error let through, as a share of the largest eager gradient: 17 float32
+roundings (2**-23) of that value."""
+
+SCORES_GATE = 5e-6
+"""Likewise for scores, of the largest eager score. Wider, because two float32 embeddings that
+agree to a few roundings are multiplied with documents and only then compared."""
+
+LOSS_GATE = 5e-6
+"""Likewise for the loss, of the larger of 1 and the eager loss: a difference of two logits."""
+
+_THETA_SPREAD = 0.05
+"""Standard deviation of the random theta, in its own units: every segment counts."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measured:
+    """The largest errors over what was compared, as shares of the largest eager value."""
+
+    gradient: float
+    scores: float
+    loss: float
+
+
+def gate_shapes(*, max_batch: int, max_length: int) -> list[tuple[int, int]]:
+    """(batch, length) pairs over the whole range: corners, odd sizes, and the usual one."""
+    wished = [(1, 2), (1, max_length), (3, 17), (5, 33), (max_batch, 32), (max_batch, max_length)]
+    inside = [(min(batch, max_batch), min(length, max_length)) for batch, length in wished]
+    return list(dict.fromkeys(inside))
+
+
+def random_theta(num_values: int, *, seed: int) -> Tensor:
+    """A theta that is far from zero in every segment: float32, shape ``(num_values,)``."""
+    generator = torch.Generator().manual_seed(seed)
+    return _THETA_SPREAD * torch.randn(num_values, generator=generator)
+
+
+def random_batch(
+    *, batch: int, length: int, vocabulary: int, num_documents: int, seed: int
+) -> Batch:
+    """Random tokens; rows of different lengths; where there are several, one of weight 0."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(2, length + 1, (batch, 1), generator=generator)
+    lengths[0] = length
+    mask = (torch.arange(length).view(1, -1) < lengths).to(torch.int64)
+    weights = 0.5 + torch.rand(batch, generator=generator)
+    if batch > 1:
+        weights[-1] = 0.0
+    return Batch(
+        input_ids=torch.randint(vocabulary, (batch, length), generator=generator) * mask,
+        attention_mask=mask,
+        labels=torch.randint(num_documents, (batch,), generator=generator),
+        example_weights=weights / weights.sum(),
+    )
+
+
+def measure(program: LoadedProgram, reference: Reference, theta: Tensor, batch: Batch) -> Measured:
+    """Runs the step plain and clipped, and the scores, and compares each with eager PyTorch.
+
+    The clip bound is 0.9 times the median norm: about half of the rows are clipped.
+    """
+    corpus = tuple(reference.corpus.values())
+    step = (
+        batch.input_ids,
+        batch.attention_mask,
+        batch.labels,
+        batch.example_weights,
+    )
+    weighted = batch.example_weights
+    losses, examples = reference.example_gradients(theta, batch)
+    bound = 0.9 * float(examples[weighted != 0].norm(dim=1).median())
+    expected_loss = (losses * weighted).sum().reshape(1)
+    _, plain = reference.plain_gradients(theta, batch)
+    gradient_error, loss_error = 0.0, 0.0
+    for clip, expected in (
+        (PLAIN_GRADIENT_CLIP, plain),
+        (bound, clipped_sum(examples, weighted, l2_clip_norm=bound)),
+    ):
+        loss, gradient = program.call("gradients", (theta, *corpus, *step, torch.tensor([clip])))
+        gradient_error = max(gradient_error, relative_error(gradient, expected))
+        loss_error = max(loss_error, relative_error(loss, expected_loss, at_least=1.0))
+    (scores,) = program.call("scores", (theta, *corpus, *step[:2]))
+    with torch.no_grad():
+        expected_scores = reference.scores(theta, batch)
+    return Measured(
+        gradient=gradient_error,
+        scores=relative_error(scores, expected_scores),
+        loss=loss_error,
+    )
+
+
+def check_parity(
+    program: LoadedProgram,
+    reference: Reference,
+    *,
+    shapes: Sequence[tuple[int, int]],
+    vocabulary: int,
+) -> Measured:
+    """Measures at every shape and refuses what is above the gate.
+
+    Guarantees: on return, no error is above its gate at any of ``shapes``; a NaN is refused.
+
+    Args:
+        program: the finished ``.pte``.
+        reference: the same model, layout and corpus in eager PyTorch.
+        shapes: (batch, length) pairs.
+        vocabulary: how many token ids there are.
+
+    Raises:
+        ParityError: names the quantity, the shape, the error and the gate.
+    """
+    worst = Measured(gradient=0.0, scores=0.0, loss=0.0)
+    num_documents = reference.corpus["documents"].shape[0]
+    for seed, (size, length) in enumerate(shapes):
+        batch = random_batch(
+            batch=size,
+            length=length,
+            vocabulary=vocabulary,
+            num_documents=num_documents,
+            seed=seed,
+        )
+        theta = random_theta(reference.layout.num_values, seed=seed)
+        found = measure(program, reference, theta, batch)
+        for name, error, gate in (
+            ("gradient", found.gradient, GRADIENT_GATE),
+            ("scores", found.scores, SCORES_GATE),
+            ("loss", found.loss, LOSS_GATE),
+        ):
+            if not error <= gate:
+                raise ParityError(
+                    f"{name} at batch {size}, length {length}: expected an error of at most "
+                    f"{gate:.1e} of the largest eager value, got {error:.1e}. "
+                    "No bundle was written; this model cannot be exported as it is."
+                )
+        worst = Measured(
+            gradient=max(worst.gradient, found.gradient),
+            scores=max(worst.scores, found.scores),
+            loss=max(worst.loss, found.loss),
+        )
+    return worst
+
+
+def relative_error(found: Tensor, expected: Tensor, *, at_least: float = 0.0) -> float:
+    """Largest absolute difference as a share of the largest expected value.
+
+    Args:
+        found: what the program gave.
+        expected: the same shape.
+        at_least: smallest value that the difference is divided by.
+
+    Returns:
+        Infinity where shapes differ or anything is not finite.
+    """
+    if found.shape != expected.shape or not bool(found.isfinite().all()):
+        return float("inf")
+    largest = max(float(expected.abs().max()), at_least)
+    difference = float((found.double() - expected.double()).abs().max())
+    return difference / largest if largest > 0 else float("inf" if difference else 0.0)

@@ -1,0 +1,118 @@
+"""The same step in plain eager PyTorch: what the exported program is compared with.
+
+Written from the definitions and on purpose apart from ``program.py`` and ``trainables``: the
+library's own attention and masks, autograd for everything, and a loop over examples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from carpool.theta import Layout
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One step's inputs.
+
+    Attributes:
+        input_ids: int64, shape ``(batch, length)``.
+        attention_mask: int64, the same shape; 1 for a token, 0 for padding.
+        labels: int64, shape ``(batch,)``: the right documents' indices.
+        example_weights: float32, shape ``(batch,)``; 0 for a padding row.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    example_weights: Tensor
+
+    def row(self, index: int) -> Batch:
+        """A batch of the one row ``index``, with weight 1."""
+        only = slice(index, index + 1)
+        return Batch(
+            input_ids=self.input_ids[only],
+            attention_mask=self.attention_mask[only],
+            labels=self.labels[only],
+            example_weights=torch.ones(1),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reference:
+    """Loss, gradient and scores by autograd.
+
+    Attributes:
+        model: a frozen BERT-like model with one of the library's own attentions.
+        layout: theta's.
+        logit_scale: logits per unit of cosine.
+        corpus: ``documents`` and, for the core head, ``basis``.
+    """
+
+    model: PreTrainedModel
+    layout: Layout
+    logit_scale: float
+    corpus: dict[str, Tensor]
+
+    def scores(self, theta: Tensor, batch: Batch) -> Tensor:
+        """Logits, float32 ``(batch, documents)``; differentiable in theta."""
+        places = self.layout.slices()
+        parameter = {
+            segment.name: segment.scale * theta[places[segment.name]].reshape(segment.shape)
+            for segment in self.layout.segments
+        }
+        soft = self.model.get_input_embeddings()(batch.input_ids)
+        if "adapter.weight" in parameter:
+            identity = torch.eye(soft.shape[-1])
+            soft = soft @ (identity + parameter["adapter.weight"]).T
+        else:
+            soft = soft * (1 + parameter["adapter.scale"]) + parameter["adapter.bias"]
+        states = self.model(
+            inputs_embeds=soft, attention_mask=batch.attention_mask
+        ).last_hidden_state
+        real = batch.attention_mask.unsqueeze(-1).to(states.dtype)
+        query = functional.normalize((states * real).sum(1) / real.sum(1), dim=-1)
+        documents = self.corpus["documents"]
+        if "head.rows" in parameter:
+            return self.logit_scale * query @ (documents + parameter["head.rows"]).T
+        basis = self.corpus["basis"]
+        core = basis @ parameter["head.core"] @ basis.T
+        return self.logit_scale * (query + query @ core.T) @ documents.T + parameter["head.bias"]
+
+    def plain_gradients(self, theta: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The weighted loss, shape ``(1,)``, and its gradient: one backward pass, no clipping."""
+        variable = theta.clone().requires_grad_()
+        losses = functional.cross_entropy(
+            self.scores(variable, batch), batch.labels, reduction="none"
+        )
+        loss = (losses * batch.example_weights).sum()
+        (gradient,) = torch.autograd.grad(loss, variable)
+        return loss.detach().reshape(1), gradient
+
+    def example_gradients(self, theta: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Each row's own loss, shape ``(batch,)``, and gradient, ``(batch, values)``; no weights.
+
+        One backward pass per row; rows of weight 0 are left out and stay zero.
+        """
+        losses = torch.zeros(len(batch.labels))
+        gradients = torch.zeros(len(batch.labels), len(theta))
+        for index, weight in enumerate(batch.example_weights.tolist()):
+            if weight != 0:
+                loss, gradients[index] = self.plain_gradients(theta, batch.row(index))
+                losses[index] = loss[0]
+        return losses, gradients
+
+
+def clipped_sum(gradients: Tensor, weights: Tensor, *, l2_clip_norm: float) -> Tensor:
+    """Each row scaled down to at most the bound, times its weight, added.
+
+    Norms and factors are taken in float64. Abadi et al. (2016), arXiv 1607.00133, Algorithm 1.
+    """
+    norms = gradients.double().norm(dim=1)
+    factors = weights.double() * torch.clamp(l2_clip_norm / norms.clamp(min=1e-300), max=1.0)
+    return (factors[:, None] * gradients.double()).sum(0).float()

@@ -1,0 +1,156 @@
+# ruff: noqa: N803, N806  shape suffixes: the legend stands in the docstring
+"""Heads: a query's embedding in, a logit per document out.
+
+Shape suffixes: B batch, D embedding dimension, N documents, R rank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Protocol
+
+from torch import Tensor
+from torch.nn.functional import linear
+
+from carpool.bundle import manifest
+from carpool_export.trainables.per_example import Direct, Outer, PerExample
+
+
+class Head(Protocol):
+    """A head's forward pass and its hand-written backward pass.
+
+    ``offsets`` are as in ``Adapter``: all zero gives ``logit_scale`` times the cosine of query
+    and document. ``corpus`` holds the program's frozen inputs by name.
+    """
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Its segments' names and shapes, in theta's order."""
+        ...
+
+    @property
+    def corpus_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The frozen inputs that it takes, in the order of the call."""
+        ...
+
+    def describe(self) -> manifest.Head:
+        """Its record in the manifest."""
+        ...
+
+    def logits(
+        self, offsets: Mapping[str, Tensor], corpus: Mapping[str, Tensor], query_BD: Tensor
+    ) -> Tensor:
+        """Logits, shape ``(B, N)``."""
+        ...
+
+    def gradients(
+        self,
+        offsets: Mapping[str, Tensor],
+        corpus: Mapping[str, Tensor],
+        query_BD: Tensor,
+        logits_gradient_BN: Tensor,
+    ) -> tuple[Tensor, dict[str, PerExample]]:
+        """The query's gradient, shape ``(B, D)``, and the segments' per-example gradients."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CoreHead:
+    """Logit = logit_scale * <document, z + U M U^T z> + the document's bias.
+
+    ``U`` (``basis``, D x R) holds the documents' principal directions, ``M`` (``head.core``) is
+    trained, and so is the bias, which is in units of logits.
+    """
+
+    width: int
+    num_documents: int
+    rank: int
+    logit_scale: float
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """See ``Head``."""
+        return {"head.core": (self.rank, self.rank), "head.bias": (self.num_documents,)}
+
+    @property
+    def corpus_shapes(self) -> dict[str, tuple[int, ...]]:
+        """See ``Head``."""
+        return {
+            "documents": (self.num_documents, self.width),
+            "basis": (self.width, self.rank),
+        }
+
+    def describe(self) -> manifest.Head:
+        """See ``Head``."""
+        return manifest.CoreHead(rank=self.rank, document_bias=True)
+
+    def logits(
+        self, offsets: Mapping[str, Tensor], corpus: Mapping[str, Tensor], query_BD: Tensor
+    ) -> Tensor:
+        """See ``Head``."""
+        inside_BR = linear(query_BD.mm(corpus["basis"]), offsets["head.core"])
+        mapped_BD = query_BD + linear(inside_BR, corpus["basis"])
+        return linear(mapped_BD, corpus["documents"]) * self.logit_scale + offsets["head.bias"]
+
+    def gradients(
+        self,
+        offsets: Mapping[str, Tensor],
+        corpus: Mapping[str, Tensor],
+        query_BD: Tensor,
+        logits_gradient_BN: Tensor,
+    ) -> tuple[Tensor, dict[str, PerExample]]:
+        """See ``Head``."""
+        mapped_gradient_BD = (logits_gradient_BN * self.logit_scale).mm(corpus["documents"])
+        inside_gradient_BR = mapped_gradient_BD.mm(corpus["basis"])
+        query_gradient_BD = mapped_gradient_BD + linear(
+            inside_gradient_BR.mm(offsets["head.core"]), corpus["basis"]
+        )
+        return query_gradient_BD, {
+            "head.core": Outer(inside_gradient_BR, query_BD.mm(corpus["basis"])),
+            "head.bias": Direct(logits_gradient_BN),
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowsHead:
+    """Logit = logit_scale * <w_d, z>, a trained row per document, starting at its embedding."""
+
+    width: int
+    num_documents: int
+    logit_scale: float
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """See ``Head``."""
+        return {"head.rows": (self.num_documents, self.width)}
+
+    @property
+    def corpus_shapes(self) -> dict[str, tuple[int, ...]]:
+        """See ``Head``."""
+        return {"documents": (self.num_documents, self.width)}
+
+    def describe(self) -> manifest.Head:
+        """See ``Head``."""
+        return manifest.RowsHead(document_bias=False)
+
+    def logits(
+        self, offsets: Mapping[str, Tensor], corpus: Mapping[str, Tensor], query_BD: Tensor
+    ) -> Tensor:
+        """See ``Head``."""
+        rows_ND = corpus["documents"] + offsets["head.rows"]
+        return linear(query_BD, rows_ND) * self.logit_scale
+
+    def gradients(
+        self,
+        offsets: Mapping[str, Tensor],
+        corpus: Mapping[str, Tensor],
+        query_BD: Tensor,
+        logits_gradient_BN: Tensor,
+    ) -> tuple[Tensor, dict[str, PerExample]]:
+        """See ``Head``."""
+        rows_ND = corpus["documents"] + offsets["head.rows"]
+        products_gradient_BN = logits_gradient_BN * self.logit_scale
+        return products_gradient_BN.mm(rows_ND), {
+            "head.rows": Outer(products_gradient_BN, query_BD)
+        }
