@@ -93,6 +93,11 @@ class RunState:
     optimizer: State
 
 
+def release_name(round_number: int) -> str:
+    """The file name of a round's released theta."""
+    return f"theta-round-{round_number:04d}.safetensors"
+
+
 def encode(state: RunState) -> bytes:
     """A checkpoint's bytes: safetensors, whose metadata holds ``info`` and a digest of all."""
     arrays: dict[str, NDArray[np.generic]] = {"theta": state.theta}
@@ -210,7 +215,7 @@ class RunFolder:
 
     def release_path(self, round_number: int) -> Path:
         """Where a round's released theta is, if it is kept."""
-        return self.path / f"theta-round-{round_number:04d}.safetensors"
+        return self.path / release_name(round_number)
 
     def _found(self, *, resume: bool) -> RunState | None:
         path = self.path / CHECKPOINT_NAME
