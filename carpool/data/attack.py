@@ -179,7 +179,7 @@ def build(sources: Sources) -> Built:
 
     Guarantees: equal sources give equal results whatever the order of their records; no two
     examples have texts that are equal but for case and punctuation; no query holds a name of
-    its own client, but for ordinary words (``_is_ordinary``), which are counted.
+    its own client, but for common words (see ``mask``), which are counted.
     """
     counts: dict[str, int] = {}
     techniques = {t["stix_id"]: t for t in sources.techniques}

@@ -7,13 +7,20 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, TypeVar
 
-from pydantic import StringConstraints, ValidationError
+from pydantic import AfterValidator, ValidationError
 
 from carpool.errors import CorpusError
 from carpool.files import write_atomically
 from carpool.schema import Model, describe
 
-NonBlank = Annotated[str, StringConstraints(pattern=r"\S")]
+
+def _refuse_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError(f"expected text that is not blank, got {text!r}")
+    return text
+
+
+NonBlank = Annotated[str, AfterValidator(_refuse_blank)]
 """Text with at least one character that is not white space."""
 
 _Record = TypeVar("_Record", bound=Model)
