@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -100,6 +100,21 @@ def progress(
         terminal_bar = _TerminalBar(description, total=total, console=console)
         terminal_bar.attach(bars)
         yield terminal_bar
+
+
+@contextmanager
+def stages(description: str, *, total: int) -> Iterator[Callable[[str], None]]:
+    """Shows progress through ``total`` named stages; call what it yields as each one begins."""
+    with progress(description, total=total) as bar:
+        begun = 0
+
+        def begin(stage: str) -> None:
+            nonlocal begun
+            bar.advance(1 if begun else 0, note=stage)
+            begun += 1
+
+        yield begin
+        bar.advance(note="done")
 
 
 def track(

@@ -5,17 +5,14 @@ from __future__ import annotations
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from carpool.config import load_config
 from carpool.errors import RunStopped
-from carpool.progress import Bar, progress
-
-if TYPE_CHECKING:
-    from carpool_server.hooks import RoundFacts
+from carpool.progress import progress
 
 # The heavy imports (flwr, ray, torch) are in the commands: `carpool --help` takes none of them.
 
@@ -25,9 +22,15 @@ class _Mode(StrEnum):
     central = "central"
 
 
+class _Preset(StrEnum):
+    small = "small"
+    paper = "paper"
+
+
 def register(app: typer.Typer) -> None:
     """Adds the simulation's commands to ``carpool``."""
     app.command()(federate)
+    app.command()(demo)
 
 
 def federate(
@@ -50,6 +53,7 @@ def federate(
 ) -> None:
     """Train a bundle by federated rounds over simulated devices."""
     from carpool_sim import federate as federation  # noqa: PLC0415
+    from carpool_sim.progress import ProgressHook  # noqa: PLC0415
 
     mode = [] if privacy is None else [f"privacy.mode={json.dumps(privacy.value)}"]
     config = load_config(settings, overrides=[*(overrides or []), *mode])
@@ -78,25 +82,32 @@ def federate(
         )
 
 
-class ProgressHook:
-    """Moves a progress bar by a run's rounds."""
+def demo(
+    *,
+    out: Annotated[Path, typer.Option(help="The demo's folder; goes on with what is in it.")],
+    preset: Annotated[_Preset, typer.Option(help="Which bundle to export and train.")] = (
+        _Preset.small
+    ),
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a setting of every run."),
+    ] = None,
+) -> None:
+    """Text to table on real data: data set, bundle, three federated runs, report."""
+    from carpool_sim.demo import REPORT_NAMES, run_demo  # noqa: PLC0415
+    from carpool_sim.report.markdown import as_terminal_table, sentence  # noqa: PLC0415
 
-    def __init__(self, bar: Bar) -> None:
-        self._bar = bar
-        self._done = 0
-
-    def after_round(self, facts: RoundFacts) -> None:
-        """Shows the round's loss or epsilon and its time."""
-        record = facts.record
-        notes = [f"{record.seconds:.1f} s"]
-        if record.mean_loss is not None:
-            notes.insert(0, f"loss {record.mean_loss:.3f}")
-        if record.epsilon is not None:
-            notes.insert(0, f"epsilon {record.epsilon:.2f}")
-        if record.rejected:
-            notes.append(f"{len(record.rejected)} rejected")
-        self._bar.advance(facts.round_number - self._done, note=", ".join(notes))
-        self._done = facts.round_number
+    try:
+        report = run_demo(out, preset=preset.value, overrides=tuple(overrides or ()), say=_say)
+    except RunStopped as error:
+        _say(f"{out}: {error}")
+        raise typer.Exit(130) from error
+    console = Console()
+    console.print(as_terminal_table(report))
+    for comparison in report.comparisons:
+        if comparison.metric == "acc@1":
+            console.print(f"- {sentence(comparison)}", markup=False, highlight=False)
+    _say(f"\nWrote {', '.join(str(out / name) for name in REPORT_NAMES)}")
 
 
 def _say(text: str) -> None:
