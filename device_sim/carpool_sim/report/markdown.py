@@ -18,8 +18,8 @@ def as_markdown(report: Report) -> str:
     parts = [
         f"# Preset `{report.preset}`: {report.data.source}",
         (
-            f"{report.queries:,} queries of {report.clients:,} {report.split} clients, none of them "
-            f"trained on; {report.confidence:.0%} bootstrap intervals over clients in brackets."
+            f"{report.queries:,} queries of {report.clients:,} {report.split} clients, none of "
+            f"them trained on; {report.confidence:.0%} bootstrap intervals over clients in brackets."
         ),
         _systems(report),
         "## What can be said",
@@ -29,8 +29,8 @@ def as_markdown(report: Report) -> str:
             "settings, so the trained rows are a little too good; the test clients are untouched."
         ),
         (
-            "Clients are what the data set groups its queries by (for ATT&CK: entities that analysts' "
-            "reports are about), natural groups and not users."
+            "Clients are what the data set groups its queries by (for ATT&CK: entities that "
+            "analysts' reports are about), natural groups and not users."
         ),
         "## Over the rounds",
         f"![accuracy by round]({CURVE_NAME})",
