@@ -1,0 +1,1 @@
+"""The Flower app: two modules that name carpool's own apps."""

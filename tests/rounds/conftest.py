@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import fake_farm
+import numpy as np
+import pytest
+from local_grid import LocalGrid, Respond
+
+import carpool_sim  # noqa: F401  sets Flower's and Ray's environment before they are imported
+from carpool.config import RunConfig, parse_config
+from carpool_server.checkpoint import RunFolder
+from carpool_server.coordinator import Job, RunResult, run_rounds
+
+
+class Witness:
+    """An audit that keeps what it sees."""
+
+    def __init__(self) -> None:
+        self.sums: dict[int, np.ndarray] = {}
+        self.devices: dict[int, tuple[str, ...]] = {}
+        self.steps: list[tuple[int, str]] = []
+
+    def summed(self, round_number: int, total: np.ndarray, device_ids: tuple[str, ...]) -> None:
+        self.sums[round_number] = total
+        self.devices[round_number] = device_ids
+
+    def reached(self, round_number: int, step: str) -> None:
+        self.steps.append((round_number, step))
+
+
+def settings(*, mode: str = "none", **changes: Any) -> RunConfig:
+    """Small and quick; ``changes`` are sections or single values of the settings."""
+    private = {"epsilon": 4.0, "delta": 1e-5} if mode == "central" else {}
+    values: dict[str, Any] = {
+        "rounds": 3,
+        "seed": 5,
+        "privacy": {"mode": mode, "clip_norm": 0.5, **private},
+        "cohort": {"expected_size": 12.0, "quorum": 0.8, "deadline_seconds": 5.0, "extensions": 1},
+        "local": {"learning_rate": 0.05, "epochs": 1, "batch_size": 4},
+        "server": {"kind": "adam", "learning_rate": 0.03, "hold": 0.5},
+    }
+    for name, change in changes.items():
+        values[name] = values.get(name, {}) | change if isinstance(change, dict) else change
+    return parse_config(values, source="test settings")
+
+
+@pytest.fixture
+def run_here(tmp_path: Path) -> Callable[..., RunResult]:
+    """Runs the coordinator over nodes in this process."""
+
+    def run(
+        nodes: dict[int, Respond],
+        *,
+        config: RunConfig | None = None,
+        out: str = "run",
+        resume: bool = False,
+        keep_every: int = 1,
+        bundle_id: str = fake_farm.BUNDLE_ID,
+        data_id: str | None = fake_farm.DATA_ID,
+        **job: Any,
+    ) -> RunResult:
+        config = config or settings()
+        folder = RunFolder(
+            tmp_path / out,
+            config=config,
+            bundle_id=bundle_id,
+            data_id=data_id,
+            resume=resume,
+            keep_every=keep_every,
+        )
+        with closing(folder):
+            arguments: dict[str, Any] = {
+                "config": config,
+                "bundle_id": bundle_id,
+                "layout": fake_farm.LAYOUT,
+                "initial_theta": np.zeros(fake_farm.NUM_VALUES, dtype=np.float32),
+                "aggregators": len(nodes),
+                "registration_seconds": 5.0,
+            }
+            return run_rounds(LocalGrid(nodes), Job(**(arguments | job)), folder)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ModuleType:
+    """The device tests' tiny bundle, by path: test folders are no packages."""
+    path = Path(__file__).parents[1] / "device" / "tiny.py"
+    if "tiny" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("tiny", path)
+        if spec is None or spec.loader is None:
+            raise ImportError(path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["tiny"] = module
+        spec.loader.exec_module(module)
+    return sys.modules["tiny"]
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle_path(tiny: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path: Path = tmp_path_factory.mktemp("bundles") / "tiny"
+    tiny.write_tiny_bundle(path, tiny.program_bytes())
+    return path

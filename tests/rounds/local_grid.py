@@ -1,0 +1,91 @@
+"""Flower's ``Grid`` in one process: every message is answered by a function, in a thread."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from flwr.app import Context, Message, RecordDict, UserConfig
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+
+# Flower's engines set these before a ServerApp runs; ``Message`` reads them (flwr 1.41.0).
+TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
+
+Respond = Callable[[Message], Message | None]
+"""Answers a message; None never answers."""
+
+
+class LocalGrid(Grid):
+    """Delivers messages to ``nodes`` and keeps their replies until they are pulled once."""
+
+    def __init__(self, nodes: dict[int, Respond]) -> None:
+        self.nodes = nodes
+        self.pushed: list[Message] = []
+        self._lock = threading.Lock()
+        self._replies: dict[str, Message] = {}
+        self._count = 0
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self.nodes)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        ids = []
+        for message in messages:
+            with self._lock:
+                self._count += 1
+                message_id = str(self._count)
+                self.pushed.append(message)
+            ids.append(message_id)
+            threading.Thread(target=self._answer, args=(message_id, message), daemon=True).start()
+        return ids
+
+    def _answer(self, message_id: str, message: Message) -> None:
+        reply = self.nodes[message.metadata.dst_node_id](message)
+        if reply is not None:
+            with self._lock:
+                self._replies[message_id] = reply
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        with self._lock:
+            found = [self._replies.pop(i, None) for i in message_ids]
+        return [reply for reply in found if reply is not None]
+
+    def set_run(self, run: Any) -> None:
+        raise NotImplementedError
+
+    @property
+    def run(self) -> Any:
+        raise NotImplementedError
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        raise NotImplementedError
+
+    def send_and_receive(self, messages: Iterable[Message], **kwargs: Any) -> Iterable[Message]:
+        raise NotImplementedError
+
+
+def app_nodes(
+    app: ClientApp, *, parts: int, run_config: UserConfig | None = None
+) -> dict[int, Respond]:
+    """Nodes that run a real ``ClientApp``, each as its own partition, one message at a time."""
+    lock = threading.Lock()
+
+    def node(part: int) -> Respond:
+        context = Context(
+            run_id=1,
+            node_id=100 + part,
+            node_config={"partition-id": part, "num-partitions": parts},
+            state=RecordDict(),
+            run_config=run_config or {},
+        )
+
+        def respond(message: Message) -> Message:
+            with lock:
+                return app(message, context)
+
+        return respond
+
+    return {100 + part: node(part) for part in range(parts)}

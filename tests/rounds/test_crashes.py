@@ -1,0 +1,238 @@
+"""A coordinator that is killed, at every boundary of a round and at random moments.
+
+The process is a forked child that runs the real loop, ledger and files over aggregators in
+the same process; ``os._exit`` and SIGKILL leave it no chance to tidy up.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import random
+import signal
+import time
+import traceback
+from contextlib import closing
+from pathlib import Path
+
+import fake_farm
+import numpy as np
+import pytest
+from conftest import settings
+from fake_farm import FakeAggregator, dealt
+from local_grid import LocalGrid
+
+from carpool.config import RunConfig
+from carpool.theta import read_theta
+from carpool_server import coordinator, ledger
+from carpool_server.checkpoint import CHECKPOINT_NAME, RunFolder, read_checkpoint
+from carpool_server.coordinator import Job, run_rounds
+from carpool_server.ledger import LEDGER_NAME, Ledger
+
+STEPS = ("summed", "charged", "noised", "stepped", "checkpointed", "released", "hooked")
+KILLED = 137
+
+
+class Crashing:
+    """An audit that writes down a hash of every sum, and dies at a boundary."""
+
+    def __init__(self, log: Path, *, at: tuple[int, str] | None = None) -> None:
+        self._log = log
+        self._at = at
+
+    def summed(self, round_number: int, total: np.ndarray, device_ids: tuple[str, ...]) -> None:
+        digest = hashlib.sha256(total.tobytes() + repr(device_ids).encode()).hexdigest()
+        with self._log.open("a") as file:
+            file.write(json.dumps([round_number, digest]) + "\n")
+
+    def reached(self, round_number: int, step: str) -> None:
+        if (round_number, step) == self._at:
+            os._exit(KILLED)
+
+
+def federate(out: Path, config: RunConfig, audit: Crashing) -> None:
+    """What a process does: resumes where there is something to resume."""
+    folder = RunFolder(
+        out,
+        config=config,
+        bundle_id=fake_farm.BUNDLE_ID,
+        data_id=fake_farm.DATA_ID,
+        resume=(out / CHECKPOINT_NAME).exists(),
+    )
+    nodes = {10 + n: FakeAggregator(ids) for n, ids in enumerate(dealt(30, parts=2))}
+    job = Job(
+        config=config,
+        bundle_id=fake_farm.BUNDLE_ID,
+        layout=fake_farm.LAYOUT,
+        initial_theta=np.zeros(fake_farm.NUM_VALUES, dtype=np.float32),
+        audit=audit,
+        aggregators=2,
+    )
+    with closing(folder):
+        run_rounds(LocalGrid(nodes), job, folder)
+
+
+def in_child(out: Path, config: RunConfig, audit: Crashing, *, kill_after: float | None) -> int:
+    """Runs it in a child; the exit status, negative for a signal."""
+    child = os.fork()
+    if child == 0:
+        try:
+            federate(out, config, audit)
+        except BaseException:  # noqa: BLE001  the child must not return into pytest
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def released(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in out.glob("theta-*")}
+
+
+def thetas(out: Path) -> dict[str, bytes]:
+    """The released thetas' values; the order of a file's metadata differs between processes."""
+    return {
+        path.name: read_theta(
+            path, layout=fake_farm.LAYOUT, bundle_id=fake_farm.BUNDLE_ID
+        ).tobytes()
+        for path in sorted(out.glob("theta-*"))
+    }
+
+
+def charged(out: Path, config: RunConfig) -> list[int]:
+    info = read_checkpoint(out / CHECKPOINT_NAME).info
+    assert config.privacy.epsilon is not None
+    assert config.privacy.delta is not None
+    book = Ledger(
+        out / LEDGER_NAME,
+        run_id=info.run_id,
+        epsilon=config.privacy.epsilon,
+        delta=config.privacy.delta,
+    )
+    with closing(book):
+        return [charge.round_number for charge in book.charges()]
+
+
+def check_after_death(out: Path, config: RunConfig, before: dict[str, bytes]) -> None:
+    """What must hold however the process died."""
+    now = released(out)
+    assert before.items() <= now.items(), "a release changed or vanished"
+    if not (out / CHECKPOINT_NAME).exists():
+        return
+    state = read_checkpoint(out / CHECKPOINT_NAME)
+    done = state.info.round_number
+    assert len(now) in {done, done - 1}, "a release without its checkpoint"
+    if config.privacy.mode == "central":
+        rounds = charged(out, config) if (out / LEDGER_NAME).exists() else []
+        assert rounds in (list(range(1, done + 1)), list(range(1, done + 2)))
+    if len(now) == done and done:
+        path = out / f"theta-round-{done:04d}.safetensors"
+        theta = read_theta(path, layout=fake_farm.LAYOUT, bundle_id=fake_farm.BUNDLE_ID)
+        assert theta.tobytes() == state.theta.tobytes()
+
+
+def sums(log: Path) -> dict[int, set[str]]:
+    """The different sums seen in each round."""
+    seen: dict[int, set[str]] = {}
+    for line in log.read_text().splitlines():
+        number, digest = json.loads(line)
+        seen.setdefault(number, set()).add(digest)
+    return seen
+
+
+@pytest.fixture(autouse=True)
+def quick_accounting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The accountant's answers are computed once for all children of a test process."""
+    monkeypatch.setattr(coordinator, "noise_multiplier_for", _noise_multiplier_for)
+    monkeypatch.setattr(
+        ledger, "epsilon_spent", lambda pairs, *, delta: _epsilon_spent(tuple(pairs), delta)
+    )
+
+
+_noise_multiplier_for = functools.cache(coordinator.noise_multiplier_for)
+_spent = ledger.epsilon_spent
+
+
+@functools.cache
+def _epsilon_spent(pairs: tuple[tuple[float, float], ...], delta: float) -> float:
+    return _spent(pairs, delta=delta)
+
+
+def warm_up(config: RunConfig) -> None:
+    """Fills the caches in the parent, so that children are quick."""
+    privacy = config.privacy
+    if privacy.epsilon is None or privacy.delta is None:
+        return
+    rate = config.cohort.expected_size / 30
+    z = _noise_multiplier_for(
+        epsilon=privacy.epsilon, delta=privacy.delta, sampling_rate=rate, rounds=config.rounds
+    )
+    for rounds in range(1, config.rounds + 1):
+        _epsilon_spent(((z, rate),) * rounds, privacy.delta)
+
+
+@pytest.mark.parametrize("mode", ["none", "central"])
+def test_a_death_at_any_boundary_loses_and_repeats_nothing(tmp_path, mode):
+    """One run that dies once at every boundary of every round, and one that never does."""
+    config = settings(mode=mode, rounds=4)
+    warm_up(config)
+    log, out = tmp_path / "sums", tmp_path / "dying"
+    points = [(0, "checkpointed")]
+    points += [(number, step) for number in range(1, 5) for step in STEPS]
+    before: dict[str, bytes] = {}
+    for point in points:
+        status = in_child(out, config, Crashing(log, at=point), kill_after=None)
+        assert status == KILLED, point
+        check_after_death(out, config, before)
+        before = released(out)
+    assert in_child(out, config, Crashing(log), kill_after=None) == 0
+    check_whole(tmp_path, config, out, log, before)
+
+
+@pytest.mark.parametrize("mode", ["none", "central"])
+def test_sigkill_at_random_moments_loses_and_repeats_nothing(tmp_path, mode):
+    """Killed again and again after random times, then left alone."""
+    config = settings(mode=mode, rounds=4)
+    warm_up(config)
+    log, out = tmp_path / "sums", tmp_path / "dying"
+    log.touch()
+    moments = random.Random(17)  # noqa: S311  chooses moments, not secrets
+    before: dict[str, bytes] = {}
+    kills = 0
+    for _ in range(25):
+        status = in_child(out, config, Crashing(log), kill_after=moments.uniform(0.0, 0.15))
+        check_after_death(out, config, before)
+        before = released(out)
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL
+        kills += 1
+    assert kills >= 2
+    assert in_child(out, config, Crashing(log), kill_after=None) == 0
+    check_whole(tmp_path, config, out, log, before)
+
+
+def check_whole(
+    tmp_path: Path, config: RunConfig, out: Path, log: Path, before: dict[str, bytes]
+) -> None:
+    """The run is finished and equals one that was never killed, as far as noise allows."""
+    assert before.items() <= released(out).items()
+    rounds = list(range(1, config.rounds + 1))
+    if config.privacy.mode == "central":
+        # every attempt at a round had the same cohort and the same exact sum
+        first, done = sums(log), charged(out, config)
+        assert done == rounds
+        # from the second round on the sums depend on released noise: equal within one run only
+        assert {number: len(digests) for number, digests in first.items()} == dict.fromkeys(
+            rounds, 1
+        )
+        return
+    other, other_log = tmp_path / "whole", tmp_path / "whole-sums"
+    assert in_child(other, config, Crashing(other_log), kill_after=None) == 0
+    assert sums(log) == sums(other_log)
+    assert thetas(out) == thetas(other)

@@ -1,0 +1,196 @@
+"""What a run's folder allows: starting, resuming, and nothing by accident."""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+
+import fake_farm
+import pytest
+from conftest import Witness, settings
+from fake_farm import FakeAggregator, dealt
+
+from carpool.errors import CheckpointError, ConfigError, RunStopped
+from carpool.theta import read_theta
+from carpool_server.checkpoint import CHECKPOINT_NAME, RunFolder, read_checkpoint
+
+NODES = {10 + n: FakeAggregator(ids) for n, ids in enumerate(dealt(30, parts=2))}
+
+
+class StopAfter:
+    """A hook that stops the run after a round."""
+
+    def __init__(self, round_number: int) -> None:
+        self.stop = threading.Event()
+        self._round_number = round_number
+
+    def after_round(self, facts) -> None:
+        if facts.round_number == self._round_number:
+            self.stop.set()
+
+
+class Seen:
+    def __init__(self) -> None:
+        self.rounds: list[int] = []
+        self.facts = []
+
+    def after_round(self, facts) -> None:
+        self.rounds.append(facts.round_number)
+        self.facts.append(facts)
+
+
+@pytest.fixture
+def half_done(run_here):
+    """A run of three rounds, stopped after the first."""
+    stopping = StopAfter(1)
+    with pytest.raises(RunStopped):
+        run_here(NODES, hooks=[stopping], stop=stopping.stop)
+
+
+def test_a_stopped_run_ends_as_if_it_had_not_been(run_here, half_done):
+    """Theta, optimiser state and history continue where they were."""
+    resumed = run_here(NODES, resume=True)
+    whole = run_here(NODES, out="whole")
+    assert resumed.theta.tobytes() == whole.theta.tobytes()
+    assert [r.round_number for r in resumed.info.history] == [1, 2, 3]
+    assert [r.mean_loss for r in resumed.info.history] == [0.5] * 3
+
+
+def test_changed_settings_are_refused_by_name(run_here, half_done, tmp_path):
+    """Each changed setting with both values; another simulation is no change."""
+    other = settings(seed=6, server={"learning_rate": 0.1}, simulation={"aggregators": 5})
+    with pytest.raises(ConfigError) as caught:
+        run_here(NODES, resume=True, config=other)
+    assert str(caught.value) == (
+        f"{tmp_path / 'run'}: expected the settings of the run that is resumed; changed: "
+        "seed: 5 -> 6; server.learning_rate: 0.03 -> 0.1. Put them back, or start a new run in "
+        "another folder."
+    )
+
+
+def test_another_bundle_is_refused(run_here, half_done, tmp_path):
+    """With both ids."""
+    with pytest.raises(CheckpointError) as caught:
+        run_here(NODES, resume=True, bundle_id="e" * 64)
+    assert str(caught.value) == (
+        f"{tmp_path / 'run'}: expected the bundle {'b' * 64} of the run that is resumed, got "
+        f"{'e' * 64}. Use the same bundle, or start a new run in another folder."
+    )
+
+
+def test_another_data_set_is_refused(run_here, half_done, tmp_path):
+    """Before the aggregators are asked where it is known, and after where only they know."""
+    message = (
+        f"{tmp_path / 'run'}: expected the data set {'d' * 64} of the run that is resumed, got "
+        f"{'f' * 64}. Use the same data set, or start a new run in another folder."
+    )
+    with pytest.raises(CheckpointError) as caught:
+        run_here(NODES, resume=True, data_id="f" * 64)
+    assert str(caught.value) == message
+    others = {10: FakeAggregator(fake_farm.devices(30), data_id="f" * 64)}
+    with pytest.raises(CheckpointError) as caught:
+        run_here(others, resume=True, data_id=None)
+    assert str(caught.value) == message
+
+
+def test_starting_over_a_run_needs_resume(run_here, half_done, tmp_path):
+    """Nothing is overwritten by a forgotten option."""
+    before = (tmp_path / "run" / CHECKPOINT_NAME).read_bytes()
+    with pytest.raises(CheckpointError) as caught:
+        run_here(NODES)
+    assert str(caught.value) == (
+        f"{tmp_path / 'run'}: expected a folder without a run, found checkpoint.safetensors. "
+        "Add --resume to go on with it, or choose another folder."
+    )
+    assert (tmp_path / "run" / CHECKPOINT_NAME).read_bytes() == before
+
+
+def test_resuming_nothing_is_refused(run_here, tmp_path):
+    """A mistyped folder does not become a new run."""
+    with pytest.raises(CheckpointError) as caught:
+        run_here(NODES, resume=True)
+    assert str(caught.value) == (
+        f"{tmp_path / 'run'}: expected a run to resume, found no checkpoint.safetensors. "
+        "Leave out --resume to start one."
+    )
+
+
+def test_a_finished_run_gives_its_result_and_asks_nobody(run_here):
+    """Its last hook is called again, since a kill may have kept it from ending."""
+    first = run_here(NODES)
+    seen, silent = Seen(), {10: FakeAggregator(("nobody",), lie=lambda _m, _t: None)}
+    again = run_here(silent, resume=True, hooks=[seen])
+    assert again.already_finished
+    assert not first.already_finished
+    assert again.theta.tobytes() == first.theta.tobytes()
+    assert again.info == first.info
+    assert seen.rounds == [3]
+
+
+def test_two_processes_cannot_have_one_folder(run_here, half_done, tmp_path):
+    """The second is refused while the first goes on."""
+    arguments = {
+        "config": settings(),
+        "bundle_id": fake_farm.BUNDLE_ID,
+        "data_id": None,
+        "resume": True,
+    }
+    held = RunFolder(tmp_path / "run", **arguments)
+    with pytest.raises(CheckpointError) as caught:
+        RunFolder(tmp_path / "run", **arguments)
+    held.close()
+    assert str(caught.value) == (
+        f"{tmp_path / 'run'}: expected a folder that no process is using, but a run is going on "
+        "in it. Wait for it, or stop it first."
+    )
+    RunFolder(tmp_path / "run", **arguments).close()
+
+
+def test_half_written_files_of_a_dead_process_are_removed(run_here, half_done, tmp_path):
+    """They may hold a theta that was never released."""
+    stray = tmp_path / "run" / ".checkpoint.safetensors.x1y2"
+    stray.write_bytes(b"half")
+    run_here(NODES, resume=True)
+    assert not stray.exists()
+
+
+def test_releases_are_thetas_of_their_round_and_bundle(run_here, tmp_path):
+    """Every k-th and the last are kept; each opens only with its own bundle."""
+    seen = Seen()
+    result = run_here(NODES, keep_every=2, hooks=[seen])
+    names = sorted(p.name for p in tmp_path.glob("run/theta-*"))
+    assert names == ["theta-round-0002.safetensors", "theta-round-0003.safetensors"]
+    theta = read_theta(result.theta_path, layout=fake_farm.LAYOUT, bundle_id=fake_farm.BUNDLE_ID)
+    assert theta.tobytes() == result.theta.tobytes() == seen.facts[-1].theta.tobytes()
+    assert seen.rounds == [1, 2, 3]
+
+
+def test_hooks_get_facts_they_cannot_change(run_here):
+    """Theta is a read-only copy."""
+    seen = Seen()
+    run_here(NODES, hooks=[seen])
+    with pytest.raises(ValueError, match="read-only"):
+        seen.facts[0].theta[0] = 1
+    assert seen.facts[0].record.count == seen.facts[0].record.drawn
+    assert seen.facts[0].record.bytes_up > 8 * fake_farm.NUM_VALUES
+    assert seen.facts[0].rounds == 3
+
+
+def test_the_order_of_a_round_is_the_documented_one(run_here):
+    """Charge before noise, checkpoint before release."""
+    witness = Witness()
+    run_here(NODES, audit=witness, config=settings(rounds=1))
+    steps = ["summed", "charged", "noised", "stepped", "checkpointed", "released", "hooked"]
+    assert witness.steps == [(0, "checkpointed"), *((1, step) for step in steps)]
+
+
+def test_the_checkpoint_has_settings_versions_and_ids(run_here, half_done, tmp_path):
+    """Enough to say what was run; public in mode none."""
+    path = tmp_path / "run" / CHECKPOINT_NAME
+    info = read_checkpoint(path).info
+    assert info.config == settings()
+    assert set(info.versions) == {"python", "carpool", "flwr", "numpy", "opacus"}
+    assert (info.bundle_id, info.data_id) == (fake_farm.BUNDLE_ID, fake_farm.DATA_ID)
+    assert info.sampling_key is None
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o644
