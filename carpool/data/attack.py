@@ -266,12 +266,16 @@ def mask(text: str, *, names: Iterable[str], ordinary: Iterable[str] = ()) -> st
             own spelling, and only where that has a capital, so that "net user" and "at" stay.
     """
     ordinary = set(ordinary)
-    for name in sorted(names, key=lambda n: (-len(n), n)):
-        text = _without_half_name(text, name)
-        if name not in ordinary:
-            text = _name_pattern(name, re.IGNORECASE).sub(_SENTINEL, text)
-        elif name != name.lower():
-            text = _name_pattern(name).sub(_SENTINEL, text)
+    longest_first = sorted(names, key=lambda n: (-len(n), n))
+    before = None
+    while text != before:  # again, because a mask may leave the name beside it as a whole word
+        before = text
+        for name in longest_first:
+            text = _without_half_name(text, name)
+            if name not in ordinary:
+                text = _name_pattern(name, re.IGNORECASE).sub(_SENTINEL, text)
+            elif name != name.lower():
+                text = _name_pattern(name).sub(_SENTINEL, text)
     text = _REPEATED.sub(_SENTINEL, text)
     text = _ARTICLE_AND_SENTINEL.sub(_mask_in_its_case, text)
     return _BARE_MASK_AT_END.sub("", text)

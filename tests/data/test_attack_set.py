@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from carpool.data import attack
@@ -130,6 +130,7 @@ def test_mask_hides_names(raw: str, expected: str) -> None:
     assert mask(raw, names=names, ordinary=["Net", "at"]) == expected
 
 
+@example(names=["A", "+"], text="A+")
 @given(
     st.lists(st.text("aAbB+ ", min_size=1, max_size=6).filter(str.strip), min_size=1, max_size=3),
     st.text("aAbB+ .", max_size=40),
@@ -271,9 +272,9 @@ def test_only_common_words_of_a_clients_names_are_left(sources: Sources, built: 
     """Counted apart from the builder: lower-case the text, look for every name as words."""
     names = {f"{a['external_id']} {a['name']}": {a["name"], *a["aliases"]} for a in sources.actors}
     left = []
-    for example in built.examples:
-        padded = re.sub(r"\W", " ", f" {example.query.lower()} ")
-        for name in names[example.client]:
+    for kept in built.examples:
+        padded = re.sub(r"\W", " ", f" {kept.query.lower()} ")
+        for name in names[kept.client]:
             plain = re.sub(r"\W", " ", name.lower()).strip()
             if f" {plain} " in padded:
                 left.append(name)
@@ -385,3 +386,24 @@ def test_another_version_of_the_package_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(attack, "VERSION", "99.9")
     with pytest.raises(CorpusError, match=r"relationships-lookup-v99\.9\.json: expected JSON with"):
         load_sources()
+
+
+def test_the_page_has_the_builders_counts(tmp_path: Path, built: Built) -> None:
+    """docs/data.md's table, row by row and in order."""
+    summary = write_folder(
+        tmp_path / "attack",
+        source="",
+        documents=built.documents,
+        examples=built.examples,
+        seed=0,
+        counts=built.counts,
+        notice=None,
+    )
+    expected = {name.strip(): number for name, number in summary.counts.items()}
+    for name, part in summary.parts.items():
+        expected[f"{name}: clients"] = part.clients
+        expected[f"{name}: examples"] = part.examples
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([^|]+) \| ([0-9,]+) \|$", page, flags=re.MULTILINE)
+    found = [(name, int(number.replace(",", ""))) for name, number in rows]
+    assert found == list(expected.items())

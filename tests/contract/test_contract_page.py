@@ -1,0 +1,59 @@
+"""docs/contract.md says what the code does: its vectors, files and fields are compared."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+
+from carpool.bundle import Bundle
+from carpool.protocol import ContributionHeader, PoolHeader, TaskHeader
+from carpool.randomness import shuffled, words
+from carpool.schema import Model
+
+PAGE = (Path(__file__).parents[2] / "docs" / "contract.md").read_text(encoding="utf-8")
+
+
+def test_the_pages_vectors_are_the_codes() -> None:
+    """A Kotlin author may trust them."""
+
+    def numbers(label: str) -> list[int]:
+        line = next(line for line in PAGE.splitlines() if line.strip().startswith(label))
+        return [int(n) for n in line.strip().removeprefix(label).split()]
+
+    def stream() -> itertools.chain[int]:
+        return itertools.chain(
+            words(purpose="carpool/1/order", key=b"key", device_id="phone", round_number=3)
+        )
+
+    assert numbers("words ") == list(itertools.islice(stream(), 5))
+    assert numbers("shuffled(10) ") == shuffled(10, stream())
+
+
+def test_the_pages_layout_id_is_the_hash_of_the_line_above_it() -> None:
+    """With nothing but SHA-256."""
+    lines = [line.strip() for line in PAGE.splitlines()]
+    place = next(i for i, line in enumerate(lines) if line.startswith('{"segments":[{'))
+    assert lines[place + 1] == hashlib.sha256(lines[place].encode()).hexdigest()
+
+
+def test_the_page_lists_every_file_of_a_bundle(make_bundle: object) -> None:
+    """Both ways."""
+    assert callable(make_bundle)
+    bundle = make_bundle()
+    assert isinstance(bundle, Bundle)
+    listed = set(re.findall(r"^\| `([a-z]+\.[a-z]+)` \|", PAGE, flags=re.MULTILINE))
+    assert listed == {path.name for path in bundle.path.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("name", "header"),
+    [("pool", PoolHeader), ("task", TaskHeader), ("contribution", ContributionHeader)],
+)
+def test_the_page_lists_every_field_of_a_message(name: str, header: type[Model]) -> None:
+    """In the order of the schema."""
+    row = next(line for line in PAGE.splitlines() if line.startswith(f"| {name} |"))
+    assert re.findall(r"`([a-z_]+)`", row.split("|")[2]) == list(header.model_fields)
