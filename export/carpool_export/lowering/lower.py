@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -46,26 +47,36 @@ def lower(methods: Mapping[str, MethodToLower], *, progress: Progress) -> bytes:
         progress: called before each step.
 
     Raises:
-        ExportError: a method could not be traced or lowered; names it and what went wrong.
+        ValueError: a method was given the same example tensor twice, which the tracer would take
+            for one input.
+        ExportError: a method could not be traced or lowered; says what went wrong.
     """
+    for name, method in methods.items():
+        if len({id(tensor) for tensor in method.example_inputs}) != len(method.example_inputs):
+            raise ValueError(f"{name}: expected distinct example tensors, got one twice.")
+    try:
+        with private.fast_lowering(), warnings.catch_warnings():
+            # torch's own use of a class that it deprecated; nothing a caller could change.
+            warnings.simplefilter("ignore", FutureWarning)
+            return _lower(methods, progress=progress)
+    except Exception as error:
+        # Whatever it is, the model cannot be exported; the cause stays attached.
+        reason = str(error).strip().splitlines() or ["no message"]
+        raise ExportError(
+            f"the program could not be lowered: {type(error).__name__}: {reason[0]}"
+        ) from error
+
+
+def _lower(methods: Mapping[str, MethodToLower], *, progress: Progress) -> bytes:
     exported = {}
     for name, method in methods.items():
         progress(f"tracing {name}")
-        try:
-            exported[name] = _export(method)
-        except Exception as error:
-            raise ExportError(f"method {name} could not be traced: {_first_line(error)}") from error
+        exported[name] = _export(method)
     progress(f"lowering {' and '.join(methods)}")
-    try:
-        with private.fast_lowering():
-            edge = to_edge_transform_and_lower(
-                exported,
-                partitioner=[private.partitioner()],
-                compile_config=private.edge_config(),
-            )
-            return bytes(edge.to_executorch().buffer)
-    except Exception as error:
-        raise ExportError(f"the program could not be lowered: {_first_line(error)}") from error
+    edge = to_edge_transform_and_lower(
+        exported, partitioner=[private.partitioner()], compile_config=private.edge_config()
+    )
+    return bytes(edge.to_executorch().buffer)
 
 
 def _export(method: MethodToLower) -> ExportedProgram:
@@ -80,8 +91,3 @@ def _export(method: MethodToLower) -> ExportedProgram:
     )
     _LOG.debug("passes: %s", run_passes(program))
     return program
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"

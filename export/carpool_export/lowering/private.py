@@ -40,6 +40,7 @@ NAMES: tuple[tuple[str, str], ...] = (
     ("executorch.backends.xnnpack.partition.config.xnnpack_config", "ConfigPrecisionType.FP32"),
     ("executorch.backends.xnnpack.utils.utils", "is_param_node"),
     ("executorch.exir.passes.memory_format_ops_pass", "DimOrderOpsRevertPass"),
+    ("torch.fx.config", "do_not_emit_stack_traces"),
     ("torch.fx.experimental.proxy_tensor", "make_fx"),
     ("torch.fx.traceback", "NodeSource"),
     ("torch.fx.traceback", "NodeSourceAction.CREATE"),
@@ -124,11 +125,22 @@ class _RuntimeWeightMatmul(GEMMConfig):  # type: ignore[misc]  # executorch has 
         return frozen
 
 
+class _KeepsEveryLinear(XnnpackPartitioner):  # type: ignore[misc]  # executorch has no types
+    """Keeps ``linear`` whole without asking of each: here every one can be taken.
+
+    Where a partitioner asks, ExecuTorch decomposes each method two times more.
+    """
+
+    def ops_to_not_decompose(self, ep: ExportedProgram) -> tuple[list[Any], None]:  # noqa: ARG002  the base class's signature
+        """Every ``linear``; no filter."""
+        return [torch.ops.aten.linear.default], None
+
+
 def partitioner() -> XnnpackPartitioner:
     """XNNPACK with every stock operator, and products by values that are not constants."""
     replaced = ("linear.default", "addmm.default", "mm.default")
     stock = [config for config in ALL_PARTITIONER_CONFIGS if config.target_name not in replaced]
-    return XnnpackPartitioner(configs=[*stock, _RuntimeWeightLinear, _RuntimeWeightMatmul])
+    return _KeepsEveryLinear(configs=[*stock, _RuntimeWeightLinear, _RuntimeWeightMatmul])
 
 
 class _FewPasses(XNNPACKPassManager):  # type: ignore[misc]  # executorch has no types
@@ -160,12 +172,15 @@ def _meta_with_one_source(node: Node, pass_name: str = "") -> Iterator[None]:
 
 @contextlib.contextmanager
 def fast_lowering() -> Iterator[None]:
-    """Both patches while it is open; not for several threads at once."""
+    """Both patches, and no stack traces in nodes, while it is open; not for several threads."""
     pass_manager, set_meta = xnnpack_preprocess.XNNPACKPassManager, fx_traceback.set_current_meta
+    no_traces = torch.fx.config.do_not_emit_stack_traces
     xnnpack_preprocess.XNNPACKPassManager = _FewPasses
     fx_traceback.set_current_meta = _meta_with_one_source
+    torch.fx.config.do_not_emit_stack_traces = True
     try:
         yield
     finally:
         xnnpack_preprocess.XNNPACKPassManager = pass_manager
         fx_traceback.set_current_meta = set_meta
+        torch.fx.config.do_not_emit_stack_traces = no_traces

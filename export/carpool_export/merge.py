@@ -1,0 +1,189 @@
+"""A trained theta becomes a plain sentence-transformers model and one vector per document.
+
+What folds into what, with E the embedding table, d a document, z a query's embedding, U the
+basis, and all sums in float64 before they are rounded to float32:
+
+- scale-bias adapter: each row of E becomes ``(1 + scale) * row + bias``; linear: ``W row``.
+- rows head: a document's vector is ``logit_scale * w_d``.
+- core head: ``<d, z + U M U^T z> = <d + U M^T U^T d, z>``, so its vector is ``logit_scale`` times
+  the left side of that product, with the document's bias as one more value; a dense layer of the
+  model appends the constant 1 that the bias is multiplied with.
+
+So every part folds, and the dot product of query and document vector is the program's score.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from carpool.bundle import Bundle, Manifest, staging_folder
+from carpool.errors import ExportError
+from carpool.files import sync_directory
+from carpool.theta import read_theta
+from carpool_export.source import ModelSource, open_source
+
+VECTORS_NAME = "documents.safetensors"
+
+Floats = NDArray[np.float32]
+
+
+def merge(bundle_path: Path, theta_path: Path, destination: Path, *, model: str) -> None:
+    """Writes the trained model as a sentence-transformers folder.
+
+    Beside the model's own files there are ``documents.safetensors`` (``vectors``, float32, a row
+    per document), ``documents.jsonl`` in the same order, and the bundle's licences. The model's
+    similarity is the dot product; it cuts queries where the bundle's devices cut them. New
+    documents are embedded with the untrained model, as the exporter does.
+
+    Guarantees: ``destination`` appears whole or not at all.
+
+    Args:
+        bundle_path: the bundle that theta was trained for.
+        theta_path: a theta of it.
+        destination: where the folder shall be; nothing may be there yet.
+        model: the folder or package that the bundle was exported from.
+
+    Raises:
+        BundleError: the bundle is damaged, or something is at ``destination``.
+        ThetaError: theta belongs to another bundle.
+        ExportError: ``model`` is not what the bundle was exported from.
+    """
+    bundle = Bundle.open(bundle_path)
+    manifest = bundle.manifest
+    theta = read_theta(theta_path, layout=manifest.layout, bundle_id=bundle.id)
+    source = open_source(model)
+    found = source.weights_sha256()
+    if found != manifest.model.weights_sha256:
+        raise ExportError(
+            f"{model}: expected the model that the bundle was exported from "
+            f"({manifest.model.name}, weights {manifest.model.weights_sha256[:12]}), got "
+            f"{source.name}, weights {found[:12]}. Pass the right one with --model."
+        )
+    offsets = manifest.layout.parameters(theta)
+    vectors = document_vectors(manifest, bundle.corpus(), offsets)
+    with staging_folder(destination) as staging:
+        _write_model(staging, source, manifest, offsets)
+        save_file({"vectors": vectors}, staging / VECTORS_NAME)
+        shutil.copyfile(bundle.path / manifest.documents.file, staging / "documents.jsonl")
+        (staging / "README.md").write_text(_card(manifest, bundle.id), encoding="utf-8")
+        staging.chmod(0o755)
+        staging.rename(destination)
+        sync_directory(destination.parent)
+
+
+def document_vectors(
+    manifest: Manifest, corpus: Mapping[str, Floats], offsets: Mapping[str, Floats]
+) -> Floats:
+    """What a query's embedding is multiplied with: float32, a row per document.
+
+    Args:
+        manifest: names the head and the logit scale.
+        corpus: ``documents`` and, for the core head, ``basis``.
+        offsets: the head's parameters less their initial values, by segment name.
+    """
+    documents = corpus["documents"].astype(np.float64)
+    if manifest.head.kind == "rows":
+        vectors = manifest.logit_scale * (documents + offsets["head.rows"])
+    else:
+        basis = corpus["basis"].astype(np.float64)
+        mapped = documents + documents @ basis @ offsets["head.core"] @ basis.T
+        vectors = np.hstack([manifest.logit_scale * mapped, offsets["head.bias"][:, None]])
+    return np.ascontiguousarray(vectors, dtype=np.float32)
+
+
+def soft_table(table: Floats, offsets: Mapping[str, Floats]) -> Floats:
+    """The embedding table with the adapter in it: float32, shape as ``table``."""
+    rows = table.astype(np.float64)
+    if "adapter.weight" in offsets:
+        rows = rows + rows @ offsets["adapter.weight"].T.astype(np.float64)
+    else:
+        rows = rows * (1.0 + offsets["adapter.scale"]) + offsets["adapter.bias"]
+    return np.ascontiguousarray(rows, dtype=np.float32)
+
+
+def _write_model(
+    folder: Path, source: ModelSource, manifest: Manifest, offsets: Mapping[str, Floats]
+) -> None:
+    for path in sorted(source.folder.iterdir()):
+        copied = path.suffix in {".json", ".txt"} and path.name != "data_config.json"
+        if path.is_file() and copied:
+            shutil.copyfile(path, folder / path.name)
+    weights = source.folder / "model.safetensors"
+    tensors = load_file(weights)
+    names = [name for name in tensors if name.endswith("word_embeddings.weight")]
+    if len(names) != 1:
+        raise ExportError(f"{weights}: expected one table of word embeddings, got {names}.")
+    tensors[names[0]] = soft_table(tensors[names[0]], offsets)
+    with safe_open(weights, framework="numpy") as file:
+        metadata = file.metadata()
+    save_file(tensors, folder / "model.safetensors", metadata=metadata)
+
+    width = source.hidden_size
+    _write_json(
+        folder / "sentence_bert_config.json", {"max_seq_length": manifest.tokenizer.max_length}
+    )
+    _write_json(folder / "config_sentence_transformers.json", {"similarity_fn_name": "dot"})
+    chain: list[tuple[str, str, dict[str, Any] | None]] = [
+        ("Transformer", "", None),
+        (
+            "Pooling",
+            "1_Pooling",
+            {"word_embedding_dimension": width, "pooling_mode_mean_tokens": True},
+        ),
+        ("Normalize", "2_Normalize", None),
+    ]
+    if manifest.head.document_bias:
+        dense = {
+            "in_features": width,
+            "out_features": width + 1,
+            "bias": True,
+            "activation_function": "torch.nn.modules.linear.Identity",
+        }
+        chain.append(("Dense", "3_Dense", dense))
+    for _, name, config in chain[1:]:
+        (folder / name).mkdir()
+        if config is not None:
+            _write_json(folder / name / "config.json", config)
+    if manifest.head.document_bias:
+        append_one = {
+            "linear.weight": np.eye(width + 1, width, dtype=np.float32),
+            "linear.bias": np.eye(width + 1, dtype=np.float32)[width],
+        }
+        save_file(append_one, folder / "3_Dense" / "model.safetensors", metadata={"format": "pt"})
+    modules = [
+        {
+            "idx": index,
+            "name": str(index),
+            "path": path,
+            "type": f"sentence_transformers.models.{kind}",
+        }
+        for index, (kind, path, _) in enumerate(chain)
+    ]
+    _write_json(folder / "modules.json", modules)
+
+
+def _card(manifest: Manifest, bundle_id: str) -> str:
+    licence = manifest.licences[0].licence
+    notices = "\n\n".join(
+        f"## {entry.applies_to}: {entry.licence}\n\n{entry.notice}" for entry in manifest.licences
+    )
+    return (
+        f"---\nlicense: {licence}\nlibrary_name: sentence-transformers\n---\n\n"
+        f"# {manifest.model.name}, trained with carpool\n\n"
+        f"Merged from bundle `{bundle_id}`. The dot product of a query's embedding and a row of "
+        f"`vectors` in `{VECTORS_NAME}` is the score of that row's document in `documents.jsonl`."
+        f"\n\n{notices}\n"
+    )
+
+
+def _write_json(path: Path, value: Any) -> None:  # noqa: ANN401  any JSON value
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
