@@ -99,13 +99,13 @@ def test_a_changed_byte_is_refused(make_bundle: MakeBundle, name: str) -> None:
 def test_a_changed_byte_in_the_manifest_is_refused_or_gives_another_bundle(
     make_bundle: MakeBundle,
 ) -> None:
-    """At every place: never the same id for other content (white space is not content)."""
+    """At places all over it: never the same id for other content (white space is not content)."""
     bundle = make_bundle()
     path = bundle.path / "manifest.json"
     original = path.read_bytes()
     meaning = json.loads(original)
     taken_for_the_same = []
-    for place in range(0, len(original), 3):
+    for place in range(0, len(original), 7):
         changed = bytearray(original)
         changed[place] ^= 1
         path.write_bytes(changed)
@@ -168,6 +168,15 @@ def test_a_manifest_that_is_no_json_is_refused(make_bundle: MakeBundle, content:
     path = bundle.path / "manifest.json"
     path.write_bytes(content)
     assert refusal(bundle.path).startswith(f"{path}: expected JSON, got: ")
+
+
+def test_a_key_that_stands_twice_is_refused(make_bundle: MakeBundle) -> None:
+    """Parsers differ in which one they take, so two devices could read two manifests."""
+    bundle = make_bundle()
+    path = bundle.path / "manifest.json"
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace('"min": 1', '"min": 1, "min": 1'), encoding="utf-8")
+    assert refusal(bundle.path) == f"{path}: expected JSON, got: the key 'min' twice in one object"
 
 
 @pytest.mark.parametrize("version", [2, 0, "1", None])

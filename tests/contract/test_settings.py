@@ -63,6 +63,13 @@ def test_file_and_overrides_make_one_configuration(path: Path) -> None:
     [
         ("round=3", "round: unknown field; did you mean 'rounds'?"),
         ("cohort.quorun=1", "cohort.quorun: unknown field; did you mean 'quorum'?"),
+        (
+            "server.momentun=1",
+            (
+                "server.adam.momentun: unknown field; known: beta1, beta2, hold, kind, "
+                "learning_rate, tau"
+            ),
+        ),
         ("server.taux=1", "server.adam.taux: unknown field; did you mean 'tau'?"),
         (
             "simulation.zzz=1",
