@@ -12,43 +12,12 @@ import fake_farm
 import numpy as np
 import pytest
 from local_grid import LocalGrid, Respond
+from round_kit import settings
 
 import carpool_sim  # noqa: F401  sets Flower's and Ray's environment before they are imported
-from carpool.config import RunConfig, parse_config
+from carpool.config import RunConfig
 from carpool_server.checkpoint import RunFolder
 from carpool_server.coordinator import Job, RunResult, run_rounds
-
-
-class Witness:
-    """An audit that keeps what it sees."""
-
-    def __init__(self) -> None:
-        self.sums: dict[int, np.ndarray] = {}
-        self.devices: dict[int, tuple[str, ...]] = {}
-        self.steps: list[tuple[int, str]] = []
-
-    def summed(self, round_number: int, total: np.ndarray, device_ids: tuple[str, ...]) -> None:
-        self.sums[round_number] = total
-        self.devices[round_number] = device_ids
-
-    def reached(self, round_number: int, step: str) -> None:
-        self.steps.append((round_number, step))
-
-
-def settings(*, mode: str = "none", **changes: Any) -> RunConfig:
-    """Small and quick; ``changes`` are sections or single values of the settings."""
-    private = {"epsilon": 4.0, "delta": 1e-5} if mode == "central" else {}
-    values: dict[str, Any] = {
-        "rounds": 3,
-        "seed": 5,
-        "privacy": {"mode": mode, "clip_norm": 0.5, **private},
-        "cohort": {"expected_size": 12.0, "quorum": 0.8, "deadline_seconds": 5.0, "extensions": 1},
-        "local": {"learning_rate": 0.05, "epochs": 1, "batch_size": 4},
-        "server": {"kind": "adam", "learning_rate": 0.03, "hold": 0.5},
-    }
-    for name, change in changes.items():
-        values[name] = values.get(name, {}) | change if isinstance(change, dict) else change
-    return parse_config(values, source="test settings")
 
 
 @pytest.fixture
@@ -64,7 +33,7 @@ def run_here(tmp_path: Path) -> Callable[..., RunResult]:
         keep_every: int = 1,
         bundle_id: str = fake_farm.BUNDLE_ID,
         data_id: str | None = fake_farm.DATA_ID,
-        **job: Any,
+        **job: object,
     ) -> RunResult:
         config = config or settings()
         folder = RunFolder(

@@ -72,6 +72,7 @@ class FakeAggregator:
     tasks: list[TaskHeader] = dataclasses.field(default_factory=list)
 
     def __call__(self, message: Message) -> Message | None:
+        """Answers one message."""
         if message.metadata.message_type == DESCRIBE:
             pool = PoolHeader(
                 bundle_id=self.bundle_id,

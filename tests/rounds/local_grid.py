@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from flwr.app import Context, Message, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
+from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 # Flower's engines set these before a ServerApp runs; ``Message`` reads them (flwr 1.41.0).
@@ -29,9 +29,11 @@ class LocalGrid(Grid):
         self._count = 0
 
     def get_node_ids(self) -> Iterable[int]:
+        """All of them."""
         return list(self.nodes)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Starts one thread per message."""
         ids = []
         for message in messages:
             with self._lock:
@@ -49,21 +51,26 @@ class LocalGrid(Grid):
                 self._replies[message_id] = reply
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """What is there, once."""
         with self._lock:
             found = [self._replies.pop(i, None) for i in message_ids]
         return [reply for reply in found if reply is not None]
 
-    def set_run(self, run: Any) -> None:
+    def set_run(self, run: Run) -> None:
+        """Is not used here."""
         raise NotImplementedError
 
     @property
-    def run(self) -> Any:
+    def run(self) -> Run:
+        """Is not used here."""
         raise NotImplementedError
 
-    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+    def create_message(self, *args: object, **kwargs: object) -> Message:
+        """Is not used here."""
         raise NotImplementedError
 
-    def send_and_receive(self, messages: Iterable[Message], **kwargs: Any) -> Iterable[Message]:
+    def send_and_receive(self, messages: Iterable[Message], **kwargs: object) -> Iterable[Message]:
+        """Is not used here."""
         raise NotImplementedError
 
 

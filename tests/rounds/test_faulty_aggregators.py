@@ -6,14 +6,15 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import fake_farm
 import numpy as np
 import pytest
-from conftest import Witness, settings
 from fake_farm import NUM_VALUES, FakeAggregator, answer, contribution_to, dealt
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from local_grid import LocalGrid
+from round_kit import RunHere, Witness, settings
 
 from carpool.errors import (
     CheckpointError,
@@ -24,6 +25,7 @@ from carpool.errors import (
 )
 from carpool.protocol import RoundTask
 from carpool_server.exchange import DESCRIBE
+from carpool_server.hooks import RoundFacts
 
 HONEST, FAULTY = 10, 11
 PATIENT = settings(rounds=2, cohort={"quorum": 0.2, "deadline_seconds": 0.4, "extensions": 0})
@@ -98,8 +100,10 @@ LIES: dict[str, tuple[fake_farm.Lie, str]] = {
     ),
     "the most negative integer": (
         with_total(most_negative),
-        "expected values within {bound} grid units (of {n} clipped updates), "
-        "got 9223372036854775808.",
+        (
+            "expected values within {bound} grid units (of {n} clipped updates), "
+            "got 9223372036854775808."
+        ),
     ),
     "a device twice": (
         with_ids(lambda ids: (ids[0], *ids)),
@@ -133,18 +137,24 @@ LIES: dict[str, tuple[fake_farm.Lie, str]] = {
     ),
     "no record": (
         content(RecordDict()),
-        "expected a contribution, got expected a record 'carpool' with header and body as bytes, "
-        "got [].",
+        (
+            "expected a contribution, got expected a record 'carpool' with header and body as "
+            "bytes, got []."
+        ),
     ),
     "text where bytes belong": (
         content(RecordDict({"carpool": ConfigRecord({"header": "x", "body": b""})})),
-        "expected a contribution, got expected a record 'carpool' with header and body as bytes, "
-        "got ['carpool'].",
+        (
+            "expected a contribution, got expected a record 'carpool' with header and body as "
+            "bytes, got ['carpool']."
+        ),
     ),
     "garbage for a header": (
         content(RecordDict({"carpool": ConfigRecord({"header": b"{{{", "body": b""})})),
-        "ContributionHeader: value: Invalid JSON: key must be a string at line 1 column 2, "
-        "got b'{{{{{{'",
+        (
+            "ContributionHeader: value: Invalid JSON: key must be a string at line 1 column 2, "
+            "got b'{{{{{{'"
+        ),
     ),
     "half a value": (
         lambda message, task: Message(
@@ -163,7 +173,7 @@ LIES: dict[str, tuple[fake_farm.Lie, str]] = {
 
 
 @pytest.mark.parametrize("name", LIES)
-def test_a_lie_is_refused_by_name_and_the_run_goes_on(run_here, name):
+def test_a_lie_is_refused_by_name_and_the_run_goes_on(run_here: RunHere, name: str) -> None:
     """Each fault is reported with its sender, what was expected and what was found."""
     lie, message = LIES[name]
     first, second = dealt(30, parts=2)
@@ -190,7 +200,7 @@ def test_a_lie_is_refused_by_name_and_the_run_goes_on(run_here, name):
     assert result.info.round_number == 2
 
 
-def test_silence_costs_the_deadline_and_its_own_updates(run_here):
+def test_silence_costs_the_deadline_and_its_own_updates(run_here: RunHere) -> None:
     """An aggregator that never answers is left out once the deadline has passed."""
     first, second = dealt(30, parts=2)
     faulty = FakeAggregator(second, lie=lambda _message, _task: None)
@@ -203,7 +213,7 @@ def test_silence_costs_the_deadline_and_its_own_updates(run_here):
         assert set(witness.devices[record.round_number]) <= set(first)
 
 
-def test_a_late_reply_is_in_no_later_round(run_here):
+def test_a_late_reply_is_in_no_later_round(run_here: RunHere) -> None:
     """A reply that comes after its round was closed is ignored, and the next one is not hurt."""
     first, second = dealt(30, parts=2)
     late: list[float] = []
@@ -233,13 +243,15 @@ def test_a_late_reply_is_in_no_later_round(run_here):
     assert all(record.rejected == () for record in result.info.history)
 
 
-def test_a_blocked_pull_keeps_nobody_else_waiting(run_here, monkeypatch):
+def test_a_blocked_pull_keeps_nobody_else_waiting(
+    run_here: RunHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A reply whose upload broke off blocks its own pull; the round closes at the deadline."""
     first, second = dealt(30, parts=2)
     release = threading.Event()
     pull = LocalGrid.pull_messages
 
-    def blocking(self, message_ids):
+    def blocking(self: LocalGrid, message_ids: list[str]) -> list[Message]:
         replies = list(pull(self, message_ids))
         for reply in replies:
             if reply.metadata.src_node_id == FAULTY and reply.metadata.message_type != DESCRIBE:
@@ -255,7 +267,9 @@ def test_a_blocked_pull_keeps_nobody_else_waiting(run_here, monkeypatch):
     assert [record.count < record.drawn for record in result.info.history] == [True, True]
 
 
-def test_below_quorum_the_round_is_extended_and_failed_aggregators_are_asked_again(run_here):
+def test_below_quorum_the_round_is_extended_and_failed_aggregators_are_asked_again(
+    run_here: RunHere,
+) -> None:
     """One that fails at first and then answers costs an extension and no update."""
     first, second = dealt(30, parts=2)
     calls: list[int] = []
@@ -282,7 +296,9 @@ def test_below_quorum_the_round_is_extended_and_failed_aggregators_are_asked_aga
     assert result.theta.tobytes() == healthy.theta.tobytes()
 
 
-def test_a_device_is_counted_once_when_a_slow_and_a_second_reply_both_come(run_here):
+def test_a_device_is_counted_once_when_a_slow_and_a_second_reply_both_come(
+    run_here: RunHere,
+) -> None:
     """After an extension the first reply counts, and the second is refused as a repetition."""
     first, second = dealt(30, parts=2)
     asked: list[RoundTask] = []
@@ -323,8 +339,10 @@ def test_a_device_is_counted_once_when_a_slow_and_a_second_reply_both_come(run_h
     assert sorted(witness.devices[1]) == sorted(fake_farm.devices(40))
     repeated = [m for m in result.info.history[0].rejected if "again" in m]
     assert repeated == [
-        f"aggregator {FAULTY}: expected devices that are not in the sum yet, "
-        f"got '{min(second)}' again."
+        (
+            f"aggregator {FAULTY}: expected devices that are not in the sum yet, "
+            f"got '{min(second)}' again."
+        )
     ]
     expected = contribution_to(
         RoundTask(
@@ -335,7 +353,7 @@ def test_a_device_is_counted_once_when_a_slow_and_a_second_reply_both_come(run_h
     np.testing.assert_array_equal(witness.sums[1], expected.total)
 
 
-def test_a_device_that_two_aggregators_claim_is_asked_of_one_of_them(run_here):
+def test_a_device_that_two_aggregators_claim_is_asked_of_one_of_them(run_here: RunHere) -> None:
     """Both say they speak for everybody; each device's update is in the sum once."""
     everybody = fake_farm.devices(30)
     witness = Witness()
@@ -346,7 +364,7 @@ def test_a_device_that_two_aggregators_claim_is_asked_of_one_of_them(run_here):
     assert nodes[11].tasks == []
 
 
-def test_the_other_claimant_is_asked_when_the_first_is_dead(run_here):
+def test_the_other_claimant_is_asked_when_the_first_is_dead(run_here: RunHere) -> None:
     """With the first one dead, the extension asks the second for the same devices."""
     everybody = fake_farm.devices(30)
     dead = FakeAggregator(everybody, lie=lambda _message, _task: None)
@@ -356,7 +374,9 @@ def test_the_other_claimant_is_asked_when_the_first_is_dead(run_here):
     assert result.theta.tobytes() == healthy.theta.tobytes()
 
 
-def test_a_round_below_its_quorum_fails_whole_and_can_be_resumed(run_here, tmp_path):
+def test_a_round_below_its_quorum_fails_whole_and_can_be_resumed(
+    run_here: RunHere, tmp_path: Path
+) -> None:
     """Nothing of it is released; resumed with healthy aggregators, the run ends as ever."""
     first, second = dealt(30, parts=2)
 
@@ -382,7 +402,7 @@ def test_a_round_below_its_quorum_fails_whole_and_can_be_resumed(run_here, tmp_p
     assert resumed.theta.tobytes() == run_here(healthy, config=config, out="ever").theta.tobytes()
 
 
-def test_devices_that_were_refused_are_not_asked_again(run_here):
+def test_devices_that_were_refused_are_not_asked_again(run_here: RunHere) -> None:
     """A quorum that refusals make impossible fails at once, without waiting for the deadline."""
     (everybody,) = dealt(30, parts=1)
 
@@ -398,7 +418,7 @@ def test_devices_that_were_refused_are_not_asked_again(run_here):
     assert len(aggregator.tasks) == 1
 
 
-def test_a_round_in_which_nobody_is_drawn_is_a_round(run_here):
+def test_a_round_in_which_nobody_is_drawn_is_a_round(run_here: RunHere) -> None:
     """The sum of nobody is zero, whatever the quorum."""
     witness = Witness()
     (everybody,) = dealt(3, parts=1)
@@ -409,7 +429,9 @@ def test_a_round_in_which_nobody_is_drawn_is_a_round(run_here):
     assert not any(total.any() for total in witness.sums.values())
 
 
-def test_an_aggregator_of_another_bundle_is_refused_before_the_first_round(run_here):
+def test_an_aggregator_of_another_bundle_is_refused_before_the_first_round(
+    run_here: RunHere,
+) -> None:
     """It is named, with both ids."""
     first, second = dealt(30, parts=2)
     nodes = {HONEST: FakeAggregator(first), FAULTY: FakeAggregator(second, bundle_id="e" * 64)}
@@ -419,7 +441,7 @@ def test_an_aggregator_of_another_bundle_is_refused_before_the_first_round(run_h
     assert caught.value.sender == "11"
 
 
-def test_missing_aggregators_are_counted(run_here):
+def test_missing_aggregators_are_counted(run_here: RunHere) -> None:
     """The run does not begin with a part of its population."""
     with pytest.raises(RoundFailed) as caught:
         run_here({HONEST: FakeAggregator(("a",))}, aggregators=2, registration_seconds=0.3)
@@ -428,9 +450,9 @@ def test_missing_aggregators_are_counted(run_here):
     )
 
 
-def test_an_aggregator_that_does_not_say_its_devices_stops_the_start(run_here):
+def test_an_aggregator_that_does_not_say_its_devices_stops_the_start(run_here: RunHere) -> None:
     """The error says how many answered, and the last failure."""
-    first, second = dealt(30, parts=2)
+    first, _second = dealt(30, parts=2)
 
     def failing(message: Message) -> Message:
         return Message(Error(code=2, reason="no data"), reply_to=message)
@@ -444,16 +466,18 @@ def test_an_aggregator_that_does_not_say_its_devices_stops_the_start(run_here):
 
 
 @pytest.mark.parametrize("count", [29, 31])
-def test_a_smaller_or_larger_population_is_refused_on_resume(run_here, tmp_path, count):
+def test_a_smaller_or_larger_population_is_refused_on_resume(
+    run_here: RunHere, tmp_path: Path, count: int
+) -> None:
     """The sampling rate belongs to the population that the run began with."""
     (everybody,) = dealt(30, parts=1)
     stop = threading.Event()
 
     class Stopping:
-        def after_round(self, _facts):
+        def after_round(self, _facts: RoundFacts) -> None:
             stop.set()
 
-    with pytest.raises(RunStopped, match="stopped as asked; resume it with --resume."):
+    with pytest.raises(RunStopped, match=r"^stopped as asked; resume it with --resume\.$"):
         run_here({HONEST: FakeAggregator(everybody)}, hooks=[Stopping()], stop=stop)
     with pytest.raises(CheckpointError) as caught:
         run_here({HONEST: FakeAggregator(fake_farm.devices(count))}, resume=True)
@@ -465,7 +489,7 @@ def test_a_smaller_or_larger_population_is_refused_on_resume(run_here, tmp_path,
     assert message.endswith("Bring the same devices, or start a new run in another folder.")
 
 
-def test_a_cohort_larger_than_the_population_names_both(run_here):
+def test_a_cohort_larger_than_the_population_names_both(run_here: RunHere) -> None:
     """No silent truncation of the sampling rate."""
     (everybody,) = dealt(5, parts=1)
     with pytest.raises(ConfigError) as caught:

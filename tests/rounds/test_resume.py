@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import stat
 import threading
+from pathlib import Path
 
 import fake_farm
 import pytest
-from conftest import Witness, settings
 from fake_farm import FakeAggregator, dealt
+from round_kit import RunHere, Witness, settings
 
 from carpool.errors import CheckpointError, ConfigError, RunStopped
 from carpool.theta import read_theta
 from carpool_server.checkpoint import CHECKPOINT_NAME, RunFolder, read_checkpoint
+from carpool_server.hooks import RoundFacts
 
 NODES = {10 + n: FakeAggregator(ids) for n, ids in enumerate(dealt(30, parts=2))}
 
@@ -25,30 +26,35 @@ class StopAfter:
         self.stop = threading.Event()
         self._round_number = round_number
 
-    def after_round(self, facts) -> None:
+    def after_round(self, facts: RoundFacts) -> None:
+        """Stops when it is time."""
         if facts.round_number == self._round_number:
             self.stop.set()
 
 
 class Seen:
+    """A hook that keeps its facts."""
+
     def __init__(self) -> None:
         self.rounds: list[int] = []
-        self.facts = []
+        self.facts: list[RoundFacts] = []
 
-    def after_round(self, facts) -> None:
+    def after_round(self, facts: RoundFacts) -> None:
+        """Keeps them."""
         self.rounds.append(facts.round_number)
         self.facts.append(facts)
 
 
 @pytest.fixture
-def half_done(run_here):
+def half_done(run_here: RunHere) -> None:
     """A run of three rounds, stopped after the first."""
     stopping = StopAfter(1)
     with pytest.raises(RunStopped):
         run_here(NODES, hooks=[stopping], stop=stopping.stop)
 
 
-def test_a_stopped_run_ends_as_if_it_had_not_been(run_here, half_done):
+@pytest.mark.usefixtures("half_done")
+def test_a_stopped_run_ends_as_if_it_had_not_been(run_here: RunHere) -> None:
     """Theta, optimiser state and history continue where they were."""
     resumed = run_here(NODES, resume=True)
     whole = run_here(NODES, out="whole")
@@ -57,7 +63,8 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(run_here, half_done):
     assert [r.mean_loss for r in resumed.info.history] == [0.5] * 3
 
 
-def test_changed_settings_are_refused_by_name(run_here, half_done, tmp_path):
+@pytest.mark.usefixtures("half_done")
+def test_changed_settings_are_refused_by_name(run_here: RunHere, tmp_path: Path) -> None:
     """Each changed setting with both values; another simulation is no change."""
     other = settings(seed=6, server={"learning_rate": 0.1}, simulation={"aggregators": 5})
     with pytest.raises(ConfigError) as caught:
@@ -69,7 +76,8 @@ def test_changed_settings_are_refused_by_name(run_here, half_done, tmp_path):
     )
 
 
-def test_another_bundle_is_refused(run_here, half_done, tmp_path):
+@pytest.mark.usefixtures("half_done")
+def test_another_bundle_is_refused(run_here: RunHere, tmp_path: Path) -> None:
     """With both ids."""
     with pytest.raises(CheckpointError) as caught:
         run_here(NODES, resume=True, bundle_id="e" * 64)
@@ -79,7 +87,8 @@ def test_another_bundle_is_refused(run_here, half_done, tmp_path):
     )
 
 
-def test_another_data_set_is_refused(run_here, half_done, tmp_path):
+@pytest.mark.usefixtures("half_done")
+def test_another_data_set_is_refused(run_here: RunHere, tmp_path: Path) -> None:
     """Before the aggregators are asked where it is known, and after where only they know."""
     message = (
         f"{tmp_path / 'run'}: expected the data set {'d' * 64} of the run that is resumed, got "
@@ -94,7 +103,8 @@ def test_another_data_set_is_refused(run_here, half_done, tmp_path):
     assert str(caught.value) == message
 
 
-def test_starting_over_a_run_needs_resume(run_here, half_done, tmp_path):
+@pytest.mark.usefixtures("half_done")
+def test_starting_over_a_run_needs_resume(run_here: RunHere, tmp_path: Path) -> None:
     """Nothing is overwritten by a forgotten option."""
     before = (tmp_path / "run" / CHECKPOINT_NAME).read_bytes()
     with pytest.raises(CheckpointError) as caught:
@@ -106,7 +116,7 @@ def test_starting_over_a_run_needs_resume(run_here, half_done, tmp_path):
     assert (tmp_path / "run" / CHECKPOINT_NAME).read_bytes() == before
 
 
-def test_resuming_nothing_is_refused(run_here, tmp_path):
+def test_resuming_nothing_is_refused(run_here: RunHere, tmp_path: Path) -> None:
     """A mistyped folder does not become a new run."""
     with pytest.raises(CheckpointError) as caught:
         run_here(NODES, resume=True)
@@ -116,7 +126,7 @@ def test_resuming_nothing_is_refused(run_here, tmp_path):
     )
 
 
-def test_a_finished_run_gives_its_result_and_asks_nobody(run_here):
+def test_a_finished_run_gives_its_result_and_asks_nobody(run_here: RunHere) -> None:
     """Its last hook is called again, since a kill may have kept it from ending."""
     first = run_here(NODES)
     seen, silent = Seen(), {10: FakeAggregator(("nobody",), lie=lambda _m, _t: None)}
@@ -128,7 +138,8 @@ def test_a_finished_run_gives_its_result_and_asks_nobody(run_here):
     assert seen.rounds == [3]
 
 
-def test_two_processes_cannot_have_one_folder(run_here, half_done, tmp_path):
+@pytest.mark.usefixtures("half_done")
+def test_two_processes_cannot_have_one_folder(tmp_path: Path) -> None:
     """The second is refused while the first goes on."""
     arguments = {
         "config": settings(),
@@ -147,7 +158,10 @@ def test_two_processes_cannot_have_one_folder(run_here, half_done, tmp_path):
     RunFolder(tmp_path / "run", **arguments).close()
 
 
-def test_half_written_files_of_a_dead_process_are_removed(run_here, half_done, tmp_path):
+@pytest.mark.usefixtures("half_done")
+def test_half_written_files_of_a_dead_process_are_removed(
+    run_here: RunHere, tmp_path: Path
+) -> None:
     """They may hold a theta that was never released."""
     stray = tmp_path / "run" / ".checkpoint.safetensors.x1y2"
     stray.write_bytes(b"half")
@@ -155,7 +169,7 @@ def test_half_written_files_of_a_dead_process_are_removed(run_here, half_done, t
     assert not stray.exists()
 
 
-def test_releases_are_thetas_of_their_round_and_bundle(run_here, tmp_path):
+def test_releases_are_thetas_of_their_round_and_bundle(run_here: RunHere, tmp_path: Path) -> None:
     """Every k-th and the last are kept; each opens only with its own bundle."""
     seen = Seen()
     result = run_here(NODES, keep_every=2, hooks=[seen])
@@ -166,7 +180,7 @@ def test_releases_are_thetas_of_their_round_and_bundle(run_here, tmp_path):
     assert seen.rounds == [1, 2, 3]
 
 
-def test_hooks_get_facts_they_cannot_change(run_here):
+def test_hooks_get_facts_they_cannot_change(run_here: RunHere) -> None:
     """Theta is a read-only copy."""
     seen = Seen()
     run_here(NODES, hooks=[seen])
@@ -177,7 +191,7 @@ def test_hooks_get_facts_they_cannot_change(run_here):
     assert seen.facts[0].rounds == 3
 
 
-def test_the_order_of_a_round_is_the_documented_one(run_here):
+def test_the_order_of_a_round_is_the_documented_one(run_here: RunHere) -> None:
     """Charge before noise, checkpoint before release."""
     witness = Witness()
     run_here(NODES, audit=witness, config=settings(rounds=1))
@@ -185,7 +199,8 @@ def test_the_order_of_a_round_is_the_documented_one(run_here):
     assert witness.steps == [(0, "checkpointed"), *((1, step) for step in steps)]
 
 
-def test_the_checkpoint_has_settings_versions_and_ids(run_here, half_done, tmp_path):
+@pytest.mark.usefixtures("half_done")
+def test_the_checkpoint_has_settings_versions_and_ids(tmp_path: Path) -> None:
     """Enough to say what was run; public in mode none."""
     path = tmp_path / "run" / CHECKPOINT_NAME
     info = read_checkpoint(path).info
@@ -193,4 +208,4 @@ def test_the_checkpoint_has_settings_versions_and_ids(run_here, half_done, tmp_p
     assert set(info.versions) == {"python", "carpool", "flwr", "numpy", "opacus"}
     assert (info.bundle_id, info.data_id) == (fake_farm.BUNDLE_ID, fake_farm.DATA_ID)
     assert info.sampling_key is None
-    assert stat.S_IMODE(os.stat(path).st_mode) == 0o644
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644

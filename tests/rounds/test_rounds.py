@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import fake_farm
 import numpy as np
 import pytest
-from conftest import Witness, settings
 from fake_farm import FakeAggregator, dealt
-
-from carpool.theta import read_theta
+from round_kit import RunHere, Witness, settings
 
 
 def honest(count: int = 30, *, parts: int = 2) -> dict[int, FakeAggregator]:
     return {10 + n: FakeAggregator(ids) for n, ids in enumerate(dealt(count, parts=parts))}
 
 
-def test_theta_follows_the_settings_by_hand(run_here):
+def test_theta_follows_the_settings_by_hand(run_here: RunHere) -> None:
     """Three rounds equal the sums, the fixed denominator and FedAdam written out with floats."""
     witness = Witness()
     config = settings()
@@ -36,7 +33,7 @@ def test_theta_follows_the_settings_by_hand(run_here):
 
 
 @pytest.mark.parametrize("parts", [1, 5])
-def test_the_split_over_aggregators_changes_no_bit(run_here, parts):
+def test_the_split_over_aggregators_changes_no_bit(run_here: RunHere, parts: int) -> None:
     """1 and 5 aggregators release the very theta of 2, from equal sums."""
     first, second = Witness(), Witness()
     two = run_here(honest(parts=2), out="two", audit=first)

@@ -25,6 +25,9 @@ METHOD = "PRV (Opacus), Poisson-subsampled Gaussian, unit: one client, upper bou
 EPSILON_ERROR = 0.01
 """The accountant's own error bound; its upper end is what is reported."""
 
+SMALLEST_EPSILON = 0.05
+"""Targets near the accountant's own error cannot be searched for."""
+
 
 def epsilon_spent(charges: Iterable[tuple[float, float]], *, delta: float) -> float:
     """Epsilon of the given rounds, composed.
@@ -62,8 +65,13 @@ def noise_multiplier_for(
         rounds: releases.
 
     Raises:
-        PrivacyError: no noise multiplier is large enough.
+        PrivacyError: the target is below ``SMALLEST_EPSILON``, or no noise is large enough.
     """
+    if epsilon < SMALLEST_EPSILON:
+        raise PrivacyError(
+            f"privacy.epsilon: expected at least {SMALLEST_EPSILON}, since the accountant is "
+            f"exact to {EPSILON_ERROR} only, got {epsilon}."
+        )
     from opacus.accountants.utils import get_noise_multiplier  # noqa: PLC0415  as above
 
     try:
