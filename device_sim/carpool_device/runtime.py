@@ -18,6 +18,7 @@ from carpool.bundle import Bundle
 from carpool.bundle.manifest import Method, Program, Range, RuntimeRange, TensorSpec
 from carpool.errors import DeviceError
 from carpool_device.batches import Batch
+from carpool_device.private import resize_thread_pool, start_thread_pool
 from carpool_device.tokenizer import QueryTokenizer
 
 _KNOWN_INPUTS = {
@@ -221,6 +222,21 @@ class DeviceProgram:
             }
 
 
+def use_threads(count: int) -> None:
+    """Lets the runtime use ``count`` threads in this process; by default it takes all cores.
+
+    Changes the speed and no result. For processes that share a machine, such as a simulation's.
+    No call may be under way.
+
+    Raises:
+        DeviceError: ``count`` is less than 1, or this version of ExecuTorch cannot.
+    """
+    if count < 1:
+        raise DeviceError(f"expected at least 1 thread, got {count}.")
+    _runtime()
+    resize_thread_pool(count)
+
+
 def check_inputs(
     name: str, method: Method, available: Mapping[str, NDArray[Any]], *, program: Program
 ) -> list[NDArray[Any]]:
@@ -310,6 +326,7 @@ def _runtime() -> Any:  # noqa: ANN401  executorch has no type information
             from executorch.runtime import Runtime  # noqa: PLC0415
     finally:
         logging.disable(previous)
+    start_thread_pool()
     return Runtime.get()
 
 

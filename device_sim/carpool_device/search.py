@@ -13,7 +13,7 @@ from carpool_device.runtime import DeviceProgram
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Hit:
-    """A document that was found, and its score (before the logit scale)."""
+    """A document that was found, and its score as the program gives it (a logit)."""
 
     document: Document
     score: float

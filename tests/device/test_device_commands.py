@@ -219,7 +219,8 @@ def test_evaluate_compares_baselines_and_thetas(
     value, low, high = report["systems"]["zero-shot"]["acc@1"]
     assert value == pytest.approx(np.mean(right))
     assert low <= value <= high
-    assert f"{value:.3f} [{low:.3f}, {high:.3f}]" in table
+    assert f"{value:.3f}" in table
+    assert f"[{low:.3f}, {high:.3f}]" in table
     of_stone = np.mean([e.document == "d-stone" for e in examples if e.client in split])
     assert report["systems"]["stone"]["acc@1"][0] == pytest.approx(of_stone)
     assert report["against_zero_shot"]["stone"]["acc@1"][0] == pytest.approx(of_stone - value)

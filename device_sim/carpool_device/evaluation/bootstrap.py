@@ -39,13 +39,10 @@ def summarise(
         resamples: how many times the clients are drawn anew.
         seed: of the draws.
     """
+    sums = np.stack([_sums(of_rank(ranking.ranks), ranking) for of_rank in METRICS.values()])
     counts = _sums(np.ones(ranking.ranks.size), ranking)
-    return {
-        name: cluster_interval(
-            _sums(of_rank(ranking.ranks), ranking), counts, resamples=resamples, seed=seed
-        )
-        for name, of_rank in METRICS.items()
-    }
+    intervals = cluster_intervals(sums, counts, resamples=resamples, seed=seed)
+    return dict(zip(METRICS, intervals, strict=True))
 
 
 def paired_difference(
@@ -67,36 +64,37 @@ def paired_difference(
     of_rank = METRICS[metric]
     difference = of_rank(a.ranks) - of_rank(b.ranks)
     counts = _sums(np.ones(a.ranks.size), a)
-    return cluster_interval(_sums(difference, a), counts, resamples=resamples, seed=seed)
+    sums = _sums(difference, a)[None, :]
+    return cluster_intervals(sums, counts, resamples=resamples, seed=seed)[0]
 
 
-def cluster_interval(
+def cluster_intervals(
     sums: NDArray[np.float64], counts: NDArray[np.float64], *, resamples: int, seed: int
-) -> Interval:
-    """``sum(sums) / sum(counts)`` with its percentile interval over clusters.
+) -> list[Interval]:
+    """``sum(sums[k]) / sum(counts)`` for each k, with its percentile interval over clusters.
 
     Args:
-        sums: float64, shape ``(C,)``: each cluster's sum of values.
+        sums: float64, shape ``(K, C)``: each cluster's sum of each of K values.
         counts: float64, shape ``(C,)``: each cluster's number of values, positive.
         resamples: how many times C clusters are drawn, with replacement.
-        seed: of the draws.
+        seed: of the draws, which all K share.
 
     Returns:
-        The ratio and its interval; with one cluster an interval of width 0, which says
-        nothing.
+        K ratios with intervals; with one cluster intervals of width 0, which say nothing.
     """
     rng = np.random.default_rng(seed)
-    num_clusters = sums.size
+    num_clusters = counts.size
     chances = np.full(num_clusters, 1 / num_clusters)
     ratios = []
     step = max(1, _VALUES_AT_ONCE // num_clusters)
     for start in range(0, resamples, step):
         # How often each cluster is drawn among C draws.
         times = rng.multinomial(num_clusters, chances, size=min(step, resamples - start))
-        ratios.append((times @ sums) / (times @ counts))
+        ratios.append((times @ sums.T) / (times @ counts)[:, None])
     tail = 50 * (1 - CONFIDENCE)
-    low, high = np.percentile(np.concatenate(ratios), [tail, 100 - tail])
-    return Interval(float(sums.sum() / counts.sum()), float(low), float(high))
+    low, high = np.percentile(np.concatenate(ratios), [tail, 100 - tail], axis=0)
+    values = sums.sum(axis=1) / counts.sum()
+    return [Interval(*map(float, row)) for row in zip(values, low, high, strict=True)]
 
 
 def _sums(values: NDArray[np.float64], ranking: Ranking) -> NDArray[np.float64]:

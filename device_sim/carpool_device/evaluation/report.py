@@ -103,4 +103,4 @@ def as_table(
 
 def _text(interval: Interval, *, sign: str = "") -> str:
     value, low, high = (format(number, f"{sign}.3f") for number in interval)
-    return f"{value} \\[{low}, {high}]"  # rich would take "[0.3" for markup
+    return f"{value}\n\\[{low}, {high}]"  # rich would take "[0.3" for markup
