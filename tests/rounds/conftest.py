@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from local_grid import LocalGrid, Respond
 from round_kit import settings
+from tiny_data import write_tiny_data
 
 import carpool_sim  # noqa: F401  sets Flower's and Ray's environment before they are imported
 from carpool.config import RunConfig
@@ -77,3 +78,10 @@ def tiny_bundle_path(tiny: ModuleType, tmp_path_factory: pytest.TempPathFactory)
     path: Path = tmp_path_factory.mktemp("bundles") / "tiny"
     tiny.write_tiny_bundle(path, tiny.program_bytes())
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_data_path(tiny: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_data(
+        tmp_path_factory.mktemp("data") / "tiny", documents=tiny.DOCUMENTS, words=tiny.WORDS
+    )
