@@ -12,7 +12,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import psutil
@@ -83,7 +83,8 @@ class Farm:
         """Ends what a killed command left: Ray's daemons and workers, by their mark."""
         found = [p for p in psutil.process_iter() if self._is_ours(p)]
         for process in found:
-            with_suppressed_end(process)
+            with suppress(psutil.Error):
+                process.kill()
         psutil.wait_procs(found, timeout=10)
         return len(found)
 
@@ -108,13 +109,6 @@ class Farm:
         """Until the round is checkpointed, or the command has ended."""
         while process.poll() is None and self.rounds_done(out) < number:
             time.sleep(0.05)
-
-
-def with_suppressed_end(process: psutil.Process) -> None:
-    try:
-        process.kill()
-    except psutil.Error:
-        pass
 
 
 @pytest.fixture(scope="module")
