@@ -73,9 +73,9 @@ class Reply:
 class Exchange:
     """Asks aggregators and hands over their replies in the order they come.
 
-    Every message is awaited in a thread of its own: a reply whose upload broke off blocks
-    Flower's pull until its session dies (180 s in flwr 1.41), which must not keep back the
-    others.
+    Messages are sent one after the other, and every one is awaited in a thread of its own: a
+    reply whose upload broke off blocks Flower's pull until its session dies (180 s in flwr
+    1.41), which must not keep back the others.
 
     Args:
         grid: Flower's.
@@ -87,6 +87,7 @@ class Exchange:
         self._stop = stop
         self._replies: queue.SimpleQueue[tuple[threading.Event, Reply]] = queue.SimpleQueue()
         self._abandoned = threading.Event()
+        self._sending = threading.Lock()  # sending several at once is not promised by Flower
         self.outstanding = 0
 
     def node_ids(self) -> list[int]:
@@ -165,7 +166,9 @@ class Exchange:
         self, message: Message, node_id: int, abandoned: threading.Event
     ) -> Reply | None:
         try:
-            message_ids = list(self._grid.push_messages([message]))
+            with self._sending:
+                pushed = self._grid.push_messages([message])
+            message_ids = [message_id for message_id in pushed if message_id]
         except Exception as error:  # noqa: BLE001  any transport's error is a failed ask
             return Reply(node_id=node_id, error=f"the message could not be sent: {error}")
         if not message_ids:
