@@ -10,9 +10,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from carpool.config import load_config
 from carpool.errors import RunStopped
 from carpool.progress import progress
+from carpool_sim.settings import find_settings
 
 # The heavy imports (flwr, ray, torch) are in the commands: `carpool --help` takes none of them.
 
@@ -38,7 +38,14 @@ def federate(
     data: Annotated[Path, typer.Argument(help="Folder of the data set; its clients train.")],
     out: Annotated[Path, typer.Argument(help="Folder of the run: checkpoint and thetas.")],
     *,
-    settings: Annotated[Path, typer.Option(help="The run's settings, a TOML file.")],
+    settings: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE|NAME",
+            help="The run's settings: a TOML file, or shipped ones: small, small-central, paper, "
+            "paper-central.",
+        ),
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, e.g. rounds=10."),
@@ -56,7 +63,7 @@ def federate(
     from carpool_sim.progress import ProgressHook  # noqa: PLC0415
 
     mode = [] if privacy is None else [f"privacy.mode={json.dumps(privacy.value)}"]
-    config = load_config(settings, overrides=[*(overrides or []), *mode])
+    config = find_settings(settings, overrides=(*(overrides or []), *mode))
     console = Console(stderr=True)
     with progress("Federated rounds", total=config.rounds, console=console) as bar:
         try:

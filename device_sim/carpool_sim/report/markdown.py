@@ -19,7 +19,8 @@ def as_markdown(report: Report) -> str:
         f"# Preset `{report.preset}`: {report.data.source}",
         (
             f"{report.queries:,} queries of {report.clients:,} {report.split} clients, none of "
-            f"them trained on; {report.confidence:.0%} bootstrap intervals over clients in brackets."
+            f"them trained on; {report.confidence:.0%} bootstrap intervals over clients in "
+            "brackets."
         ),
         _systems(report),
         "## What can be said",

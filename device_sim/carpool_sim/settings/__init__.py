@@ -22,9 +22,28 @@ def packaged_settings(name: str, *, overrides: tuple[str, ...] = ()) -> RunConfi
     """
     resource = files(__package__) / f"{name}.toml"
     if not resource.is_file():
-        raise ConfigError(f"settings {name!r}: no such file{nearest(name, packaged_names())}")
+        raise ConfigError(
+            f"settings {name!r}: expected a TOML file or the name of shipped settings"
+            f"{nearest(name, packaged_names())}"
+        )
     with as_file(resource) as path:
         return load_config(Path(path), overrides=overrides)
+
+
+def find_settings(name_or_path: str, *, overrides: tuple[str, ...] = ()) -> RunConfig:
+    """The settings of a TOML file, or those shipped under a name.
+
+    Args:
+        name_or_path: a file's path; or, where there is no such file, a name.
+        overrides: ``"key=value"``.
+
+    Raises:
+        ConfigError: neither a file nor a known name, or settings that do not fit.
+    """
+    path = Path(name_or_path)
+    if path.exists() or path.suffix == ".toml":
+        return load_config(path, overrides=overrides)
+    return packaged_settings(name_or_path, overrides=overrides)
 
 
 def packaged_names() -> list[str]:
