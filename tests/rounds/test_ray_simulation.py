@@ -27,7 +27,7 @@ from carpool_server.ledger import LEDGER_NAME
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 MARK = "CARPOOL_TEST_RUN"
-ROUNDS = 4
+ROUNDS = 12
 SETTINGS = f"""
 rounds = {ROUNDS}
 seed = 3
@@ -35,13 +35,13 @@ seed = 3
 mode = "none"
 clip_norm = 0.5
 [cohort]
-expected_size = 4
+expected_size = 3
 quorum = 1.0
 deadline_seconds = 300
 [local]
 learning_rate = 0.1
 epochs = 1
-max_examples = 4
+max_examples = 2
 [server]
 kind = "adam"
 learning_rate = 0.03
@@ -87,6 +87,14 @@ class Farm:
                 process.kill()
         psutil.wait_procs(found, timeout=10)
         return len(found)
+
+    def leaves_nothing(self) -> bool:
+        """Whether all that was started has gone by itself, given half a minute."""
+        for _ in range(60):
+            if not any(self._is_ours(process) for process in psutil.process_iter()):
+                return True
+            time.sleep(0.5)
+        return False
 
     def _is_ours(self, process: psutil.Process) -> bool:
         try:
@@ -150,7 +158,7 @@ def test_the_command_says_where_theta_is_and_nothing_else(farm: Farm, whole: str
     info = read_checkpoint(farm.folder / "whole" / CHECKPOINT_NAME).info
     assert [record.count for record in info.history] == [record.drawn for record in info.history]
     assert sum(record.drawn or 0 for record in info.history) > ROUNDS
-    assert farm.reap() == 0, "an orderly end leaves no process"
+    assert farm.leaves_nothing()
 
 
 @pytest.mark.usefixtures("whole")
@@ -167,29 +175,30 @@ def test_ctrl_c_and_sigkill_and_resume_end_in_the_same_theta(farm: Farm) -> None
     """Stopped once, killed twice at random moments, resumed: not one bit differs."""
     moments = random.Random(11)  # noqa: S311  chooses moments, not secrets
     process = farm.start("killed")
-    farm.wait_for_round(process, "killed", 0)
-    time.sleep(moments.uniform(0, 2))
+    farm.wait_for_round(process, "killed", moments.randint(0, 2))
+    time.sleep(moments.uniform(0, 0.3))
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert farm.reap() > 0
 
     process = farm.start("killed", "--resume")
-    farm.wait_for_round(process, "killed", max(1, farm.rounds_done("killed")))
+    farm.wait_for_round(process, "killed", farm.rounds_done("killed") + 1)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 130, output
     assert output.splitlines()[-1] == (
         f"{farm.folder / 'killed'}: stopped as asked; resume it with --resume."
     )
-    assert farm.reap() == 0, "Ctrl-C leaves no process"
+    assert farm.leaves_nothing()
 
     done = farm.rounds_done("killed")
     process = farm.start("killed", "--resume")
     farm.wait_for_round(process, "killed", done + 1)
-    time.sleep(moments.uniform(0, 1))
+    time.sleep(moments.uniform(0, 0.3))
     process.send_signal(signal.SIGKILL)
     process.communicate()
     farm.reap()
+    assert process.returncode == -signal.SIGKILL
 
     farm.run("killed", "--resume")
     for number in range(1, ROUNDS + 1):
