@@ -53,7 +53,10 @@ class DeviceProgram:
         tokenizer: the bundle's.
         documents: the catalogue, in the order of the scores.
         document_index: a document's place in the scores, by id.
+        any_used: whether this process has called any program.
     """
+
+    any_used: ClassVar[bool] = False
 
     _loaded: ClassVar[dict[str, DeviceProgram]] = {}
     _loading: ClassVar[threading.Lock] = threading.Lock()
@@ -205,6 +208,7 @@ class DeviceProgram:
         with self._lock:
             try:
                 if name not in self._methods:
+                    DeviceProgram.any_used = True
                     self._methods[name] = self._program.load_method(name)
                 results = self._methods[name].execute(tensors)
             except RuntimeError as error:
@@ -225,14 +229,21 @@ class DeviceProgram:
 def use_threads(count: int) -> None:
     """Lets the runtime use ``count`` threads in this process; by default it takes all cores.
 
-    Changes the speed and no result. For processes that share a machine, such as a simulation's.
-    No call may be under way.
+    Changes the speed and no result. For processes that share a machine, such as a simulation's:
+    to be called before any program is used, since a loaded method keeps the threads that it
+    found (ExecuTorch 1.5.1 crashes when they are taken away).
 
     Raises:
-        DeviceError: ``count`` is less than 1, or this version of ExecuTorch cannot.
+        DeviceError: ``count`` is less than 1, a program has been used in this process, or this
+            version of ExecuTorch cannot.
     """
     if count < 1:
         raise DeviceError(f"expected at least 1 thread, got {count}.")
+    if DeviceProgram.any_used:
+        raise DeviceError(
+            f"expected use_threads({count}) before the first program is used, got it after. "
+            "Call it when the process starts."
+        )
     _runtime()
     resize_thread_pool(count)
 

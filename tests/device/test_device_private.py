@@ -20,16 +20,16 @@ def test_the_private_names_are_where_they_were(tiny_program: DeviceProgram) -> N
         assert callable(getattr(private._bindings(), name))
 
 
-@pytest.mark.parametrize("count", [1, 3, 2])
-def test_the_number_of_threads_is_the_one_asked_for(
-    tiny_program: DeviceProgram, count: int
-) -> None:
-    """And the program goes on working with it."""
-    use_threads(count)
-    assert getattr(private._bindings(), private.POOL_SIZE)() == count
+def test_threads_cannot_be_taken_from_a_loaded_program(tiny_program: DeviceProgram) -> None:
+    """A method keeps the threads it found: the runtime would crash in its next call."""
     ids = np.ones((2, 3), np.int64)
-    theta = np.zeros(tiny.LAYOUT.num_values, np.float32)
-    assert np.isfinite(tiny_program.scores(theta, ids, ids)).all()
+    tiny_program.scores(np.zeros(tiny.LAYOUT.num_values, np.float32), ids, ids)
+    with pytest.raises(DeviceError) as caught:
+        use_threads(1)
+    assert str(caught.value) == (
+        "expected use_threads(1) before the first program is used, got it after. "
+        "Call it when the process starts."
+    )
 
 
 def test_no_threads_are_refused() -> None:
