@@ -65,7 +65,7 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(run_here: RunHere) -> None:
 
 @pytest.mark.usefixtures("half_done")
 def test_changed_settings_are_refused_by_name(run_here: RunHere, tmp_path: Path) -> None:
-    """Each changed setting with both values; another simulation is no change."""
+    """Each changed setting with both values."""
     other = settings(seed=6, server={"learning_rate": 0.1}, simulation={"aggregators": 5})
     with pytest.raises(ConfigError) as caught:
         run_here(NODES, resume=True, config=other)
@@ -74,6 +74,15 @@ def test_changed_settings_are_refused_by_name(run_here: RunHere, tmp_path: Path)
         "seed: 5 -> 6; server.learning_rate: 0.03 -> 0.1. Put them back, or start a new run in "
         "another folder."
     )
+
+
+@pytest.mark.usefixtures("half_done")
+def test_another_simulation_is_no_changed_setting(run_here: RunHere) -> None:
+    """A run may be resumed over more aggregators, and still ends in the same theta."""
+    more = {10 + n: FakeAggregator(ids) for n, ids in enumerate(dealt(30, parts=5))}
+    config = settings(simulation={"aggregators": 5})
+    resumed = run_here(more, resume=True, config=config)
+    assert resumed.theta.tobytes() == run_here(NODES, out="whole").theta.tobytes()
 
 
 @pytest.mark.usefixtures("half_done")
