@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -87,10 +88,14 @@ def test_order_is_the_written_definition(num_examples: int, fields: dict[str, An
 
 
 def test_order_stays_what_it_was() -> None:
-    """A stored vector, for devices in other languages (docs/device.md prints the same)."""
-    assert plan(
+    """A stored vector, which docs/device.md prints for devices in other languages."""
+    batches = plan(
         7, recipe(epochs=2, batch_size=3, max_examples=5), key=bytes(range(32)), device_id="phone-7"
-    ) == [[6, 2, 0], [5, 1], [1, 5, 6], [2, 0]]
+    )
+    assert batches == [[6, 2, 0], [5, 1], [1, 5, 6], [2, 0]]
+    printed = " ".join(f"[{' '.join(map(str, batch))}]" for batch in batches)
+    document = Path(__file__).parents[2] / "docs" / "device.md"
+    assert printed in document.read_text(encoding="utf-8")
 
 
 def test_an_epoch_visits_each_chosen_example_once() -> None:
