@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import os
@@ -68,6 +69,7 @@ def _made_once(name: str, command) -> Path:  # noqa: ANN001  a path to arguments
     return folder / name
 
 
+@functools.cache  # sources may be edited while a session runs
 def _key() -> str:
     digest = hashlib.sha256()
     for source in _SOURCES:

@@ -56,8 +56,8 @@ def lower(methods: Mapping[str, MethodToLower], *, progress: Progress) -> bytes:
             raise ValueError(f"{name}: expected distinct example tensors, got one twice.")
     try:
         with private.fast_lowering(), warnings.catch_warnings():
-            # torch's own use of a class that it deprecated; nothing a caller could change.
-            warnings.simplefilter("ignore", FutureWarning)
+            # torch and ExecuTorch use what they and Python deprecate; a caller cannot change it.
+            warnings.simplefilter("ignore")
             return _lower(methods, progress=progress)
     except Exception as error:
         # Whatever it is, the model cannot be exported; the cause stays attached.

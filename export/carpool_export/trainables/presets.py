@@ -57,7 +57,7 @@ def build_trainables(
             that is not positive, or too few documents to train a retriever for.
     """
     if preset not in PRESETS:
-        raise ExportError(f"expected a preset, got {preset!r}{nearest(preset, PRESETS)}.")
+        raise ExportError(f"unknown preset {preset!r}{nearest(preset, PRESETS)}")
     if num_documents < 2:  # noqa: PLR2004  the smallest choice there is
         raise ExportError(f"expected at least 2 documents to choose from, got {num_documents}.")
     adapter: Adapter
@@ -77,7 +77,7 @@ def build_trainables(
     for name, scale in scales.items():
         if name not in chosen:
             raise ExportError(
-                f"preset {preset!r} has no segment {name!r} to scale{nearest(name, chosen)}."
+                f"preset {preset!r} has no segment {name!r} to scale{nearest(name, chosen)}"
             )
         if not 0 < scale < float("inf"):
             raise ExportError(f"scale of {name}: expected a positive number, got {scale}.")

@@ -1,0 +1,167 @@
+"""A whole export of a tiny model, and the gate that a wrong program does not pass."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from export_cases import Case
+from safetensors.torch import load_file, save_file
+
+from carpool.bundle import Bundle
+from carpool.errors import ExportError, ParityError
+from carpool_export import parity
+from carpool_export.exporter import STAGES, ExportSettings, export_bundle
+from carpool_export.lowering import decompositions
+from carpool_export.parity import check_parity, gate_shapes, relative_error
+from carpool_export.runner import LoadedProgram
+
+SETTINGS = ExportSettings(max_length=16, document_length=16, max_batch=4)
+
+
+def export(model: Path, documents: Path, out: Path, **changes: object) -> tuple[Bundle, list[str]]:
+    stages: list[str] = []
+    settings = ExportSettings(**(SETTINGS.__dict__ | changes))  # type: ignore[arg-type]
+    bundle = export_bundle(str(model), documents, out, settings, announce=stages.append)
+    return bundle, stages
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["small", "paper"])
+def test_tiny_model_becomes_a_bundle(
+    tiny_model: Path, tiny_documents: Path, tmp_path: Path, preset: str
+) -> None:
+    """Other sizes than MiniLM's: nine documents, so the core's rank is lowered to nine."""
+    (tmp_path / "NOTICE").write_text("Written for a test.")
+    bundle, stages = export(
+        tiny_model, tiny_documents, tmp_path / "bundle", preset=preset, scales={}
+    )
+    assert stages == list(STAGES)
+    manifest = Bundle.open(tmp_path / "bundle").manifest
+    assert manifest == bundle.manifest
+    assert manifest.model.name == "Tiny"
+    assert manifest.licences[1].notice == "Written for a test."
+    shapes = {segment.name: segment.shape for segment in manifest.layout.segments}
+    assert (
+        shapes
+        == {
+            "small": {
+                "adapter.scale": (24,),
+                "adapter.bias": (24,),
+                "head.core": (9, 9),
+                "head.bias": (9,),
+            },
+            "paper": {"adapter.weight": (24, 24), "head.rows": (9, 24)},
+        }[preset]
+    )
+    basis = bundle.corpus().get("basis")
+    if basis is not None:
+        assert abs(basis.T @ basis - torch.eye(9).numpy()).max() <= 1e-6
+
+
+@pytest.mark.slow
+def test_wrong_program_is_not_written(
+    tiny_model: Path, tiny_documents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A backward pass that is off by one part in ten thousand stops at the gate."""
+    key = decompositions.aten.gelu_backward.default
+    right = decompositions.DECOMPOSITIONS[key]
+    monkeypatch.setitem(
+        decompositions.DECOMPOSITIONS, key, lambda *args, **kw: right(*args, **kw) * 1.0001
+    )
+    with pytest.raises(
+        ParityError,
+        match=r"^gradient at batch 1, length 2: expected an error of at most 2\.0e-06 of the "
+        r"largest eager value, got \d\.\de-0\d\. No bundle was written; "
+        r"this model cannot be exported as it is\.$",
+    ):
+        export(tiny_model, tiny_documents, tmp_path / "bundle")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["documents.jsonl", "tiny"]
+
+
+def test_gate_refuses_a_program_of_another_function(small: Case) -> None:
+    """The right program against a reference with a logit scale that is off by 0.01 %."""
+    other = dataclasses.replace(small.reference, logit_scale=20.002)
+    with pytest.raises(ParityError, match=r"^gradient at batch 1, length 2: expected an error of"):
+        check_parity(small.program, other, shapes=[(1, 2)], vocabulary=30522)
+
+
+def test_operator_that_cannot_be_lowered_is_an_export_error(
+    tiny_model: Path, tiny_documents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the libraries raise arrives as one line, and nothing is written."""
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("no kernel\nand a long explanation")
+
+    key = decompositions.aten.native_layer_norm.default
+    monkeypatch.setitem(decompositions.DECOMPOSITIONS, key, broken)
+    message = "the program could not be lowered: RuntimeError: no kernel"
+    with pytest.raises(ExportError, match=f"^{re.escape(message)}$"):
+        export(tiny_model, tiny_documents, tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_missing_weights_are_refused(
+    tiny_model: Path, tiny_documents: Path, tmp_path: Path
+) -> None:
+    """The library would fill them with random numbers."""
+    path = tiny_model / "model.safetensors"
+    weights = load_file(path)
+    del weights["encoder.layer.0.output.dense.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ExportError) as error:
+        export(tiny_model, tiny_documents, tmp_path / "bundle")
+    assert str(error.value) == (
+        f"{tiny_model}: 1 of the model's weights are not in model.safetensors, among them "
+        "encoder.layer.0.output.dense.weight; expected all of them."
+    )
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "error"),
+    [
+        ([1.0, 2.0], [1.0, 2.0], 0.0),
+        ([1.0, 2.5], [1.0, 2.0], 0.25),
+        ([1.0, float("nan")], [1.0, 2.0], float("inf")),
+        ([1.0], [1.0, 2.0], float("inf")),
+        ([0.0], [0.0], 0.0),
+        ([0.1], [0.0], float("inf")),
+    ],
+)
+def test_relative_error_is_a_share_of_the_largest_value(
+    found: list[float], expected: list[float], error: float
+) -> None:
+    """And infinite where anything is not finite or missing."""
+    assert relative_error(torch.tensor(found), torch.tensor(expected)) == pytest.approx(error)
+
+
+def test_gate_visits_the_corners_within_the_bounds() -> None:
+    """The issue's shapes at the default bounds; fewer where the bounds are smaller."""
+    assert gate_shapes(max_batch=8, max_length=64) == [
+        (1, 2),
+        (1, 64),
+        (3, 17),
+        (5, 33),
+        (8, 32),
+        (8, 64),
+    ]
+    assert gate_shapes(max_batch=2, max_length=5) == [(1, 2), (1, 5), (2, 5)]
+
+
+def test_runner_refuses_too_few_inputs(small_bundle: Path) -> None:
+    """The runtime itself would take the earlier call's values for the missing ones."""
+    program = LoadedProgram(small_bundle / "program.pte", ("scores",))
+    with pytest.raises(ValueError, match=r"^scores: expected 5 inputs, got 1\.$"):
+        program.call("scores", [torch.zeros(1)])
+
+
+def test_random_batches_have_padding_and_a_row_without_weight() -> None:
+    """What the gate claims to try, it tries."""
+    batch = parity.random_batch(batch=5, length=33, vocabulary=100, num_documents=7, seed=0)
+    assert batch.example_weights[-1] == 0
+    assert int(batch.attention_mask.sum(1).min()) < 33
+    assert float(batch.example_weights.sum()) == pytest.approx(1.0)

@@ -1,0 +1,204 @@
+"""Each rewrite on its own: it matches what it says, and the function stays as it was."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import reduce
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from carpool_export import model
+from carpool_export.lowering import MethodToLower, lower, passes, private
+from carpool_export.lowering.decompositions import DECOMPOSITIONS
+
+aten = torch.ops.aten
+
+
+@pytest.mark.parametrize(("module", "name"), private.NAMES)
+def test_private_name_is_where_it_was(module: str, name: str) -> None:
+    """An upgrade that moves one fails here by name, before it fails inside an export."""
+    reduce(getattr, name.split("."), importlib.import_module(module))
+
+
+def test_librarys_mask_code_does_not_know_our_attention() -> None:
+    """Else transformers would build masks of its own, which cannot be traced."""
+    assert model._ATTENTION not in ALL_MASK_ATTENTION_FUNCTIONS
+
+
+def test_patches_are_undone_even_after_an_error() -> None:
+    """Lowering leaves the libraries as it found them."""
+    before = (
+        private.xnnpack_preprocess.XNNPACKPassManager,
+        private.fx_traceback.set_current_meta,
+        torch.fx.config.do_not_emit_stack_traces,
+    )
+
+    def fail_inside() -> None:
+        with private.fast_lowering():
+            assert private.fx_traceback.set_current_meta is not before[1]
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_inside()
+    assert before == (
+        private.xnnpack_preprocess.XNNPACKPassManager,
+        private.fx_traceback.set_current_meta,
+        torch.fx.config.do_not_emit_stack_traces,
+    )
+
+
+def test_one_tensor_given_twice_is_refused() -> None:
+    """The tracer would merge the two inputs, and the program would be wrong."""
+    example = torch.ones(2, 3)
+    method = MethodToLower(
+        function=torch.add, example_inputs=(example, example), dynamic_shapes=(None, None)
+    )
+    with pytest.raises(ValueError, match=r"^sum: expected distinct example tensors, got one twice"):
+        lower({"sum": method}, progress=lambda _: None)
+
+
+def flat_program(
+    function: Callable[..., Any], *inputs: Tensor, dynamic: bool = False
+) -> ExportedProgram:
+    sizes = ({0: Dim("rows", min=2, max=9)},) if dynamic else None
+    mode = "symbolic" if dynamic else "real"
+    traced = make_fx(function, tracing_mode=mode)(*inputs)
+    return torch.export.export(traced, inputs, dynamic_shapes=sizes)
+
+
+def targets(program: ExportedProgram) -> list[Any]:
+    return [node.target for node in program.graph.nodes if node.op == "call_function"]
+
+
+def transposed_twice(x: Tensor) -> Tensor:
+    return aten.t(aten.t(x)) + 1.0
+
+
+def copies(x: Tensor) -> Tensor:
+    return aten.expand(aten.clone(aten.alias(x)), [4, 6]) + 1.0
+
+
+def product(x: Tensor) -> Tensor:
+    weight = x[:3]
+    return torch.mm(x, weight.t()) + torch.addmm(weight[:, 0], x, weight.t())
+
+
+def flattened_product(x: Tensor) -> Tensor:
+    weight = x[:3]
+    cube = (x * 2.0).view(2, 2, 6)
+    return functional.linear(cube.view(4, 6), weight).view(2, 2, 3) * 1.0
+
+
+def views(x: Tensor) -> Tensor:
+    return x.view(24).view(2, 12).view(2, 12) * 1.0
+
+
+def repeated(x: Tensor) -> Tensor:
+    return torch.exp(x) * torch.exp(x) * torch.exp(x * 2.0)
+
+
+@pytest.mark.parametrize(
+    ("rewrite", "function", "gone", "there"),
+    [
+        (passes.drop_identities, copies, [aten.alias.default, aten.expand.default], []),
+        (passes.cancel_transposes, transposed_twice, [aten.t.default], []),
+        (
+            passes.products_to_linear,
+            product,
+            [aten.mm.default, aten.addmm.default],
+            [aten.linear.default] * 2,
+        ),
+        (passes.merge_views, views, [], [aten.view.default]),
+        (passes.share_common_subexpressions, repeated, [], [aten.exp.default] * 2),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_pass_rewrites_and_keeps_the_function(
+    rewrite: passes.Pass, function: Callable[[Tensor], Tensor], gone: list[Any], there: list[Any]
+) -> None:
+    """What must be gone is gone, what must remain remains that often, values are equal."""
+    x = torch.arange(24.0).view(4, 6) / 10
+    program = flat_program(function, x)
+    assert rewrite(program.graph) > 0
+    program.graph.eliminate_dead_code()
+    program.graph.lint()
+    program.graph_module.recompile()
+    left = targets(program)
+    assert not set(gone) & set(left)
+    for target in set(there):
+        assert left.count(target) == there.count(target)
+    assert torch.equal(program.module()(x), function(x))
+
+
+def test_linear_moves_before_the_view_that_flattens_for_it() -> None:
+    """linear(view(x)) becomes view(linear(x)), on a graph that still has its linear."""
+    x = torch.arange(24.0).view(4, 6) / 10
+    program = flat_program(flattened_product, x)
+    passes.products_to_linear(program.graph)
+    assert passes.linear_before_view(program.graph) == 1
+    program.graph.lint()
+    program.graph_module.recompile()
+    linear = next(n for n in program.graph.nodes if n.target is aten.linear.default)
+    assert linear.meta["val"].shape == (2, 2, 3)
+    assert torch.equal(program.module()(x), flattened_product(x))
+
+
+def test_size_known_at_run_time_is_inferred() -> None:
+    """One unknown size of a view becomes -1, and other sizes still run."""
+    program = flat_program(lambda x: x.view(x.shape[0], 2, 3) * 1.0, torch.ones(5, 6), dynamic=True)
+    assert passes.infer_one_size(program.graph) == 1
+    program.graph.eliminate_dead_code()
+    program.graph_module.recompile()
+    (view,) = [n for n in program.graph.nodes if n.target is aten.view.default]
+    assert view.args[1] == [-1, 2, 3]
+
+
+RANDOM = torch.Generator().manual_seed(1)
+X = torch.randn(5, 7, generator=RANDOM)
+GRAD = torch.randn(5, 7, generator=RANDOM)
+WEIGHT, BIAS = torch.randn(7, generator=RANDOM), torch.randn(7, generator=RANDOM)
+EDGES = torch.tensor([-40.0, -9.0, -1.5, -1e-6, 0.0, 1e-30, 1e-6, 0.3, 9.0, 40.0])
+_, MEAN, RSTD = aten.native_layer_norm(X, [7], WEIGHT, BIAS, 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("operator", "arguments"),
+    [
+        (aten.native_layer_norm.default, (X, [7], WEIGHT, BIAS, 1e-12)),
+        (
+            aten.native_layer_norm_backward.default,
+            (GRAD, X, [7], MEAN, RSTD, WEIGHT, BIAS, [True, False, False]),
+        ),
+        (
+            aten._softmax_backward_data.default,
+            (GRAD, torch.softmax(X, -1), -1, torch.float32),
+        ),
+        (aten.gelu_backward.default, (torch.ones(10), EDGES)),
+        (aten.sum.dim_IntList, (X, [-1])),
+        (aten.sum.dim_IntList, (X, [1], True)),
+    ],
+    ids=str,
+)
+def test_decomposition_equals_the_operator(operator: Any, arguments: tuple[Any, ...]) -> None:  # noqa: ANN401  an overload
+    """To float32 rounding, at the edges too: gelu at 0, tiny and large arguments."""
+    expected, found = operator(*arguments), DECOMPOSITIONS[operator](*arguments)
+    pairs = (
+        [(expected, found)] if isinstance(expected, Tensor) else zip(expected, found, strict=True)
+    )
+    for right, ours in pairs:
+        if ours is not None:
+            torch.testing.assert_close(ours, right, rtol=2e-6, atol=1e-6)
+
+
+def test_uncovered_cases_are_left_as_they_are() -> None:
+    """A decomposition that does not apply says so, and the operator stays."""
+    assert DECOMPOSITIONS[aten.sum.dim_IntList](X, [0]) is NotImplemented
+    assert DECOMPOSITIONS[aten.gelu_backward.default](X, X, approximate="tanh") is NotImplemented
