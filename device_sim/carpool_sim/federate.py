@@ -118,6 +118,7 @@ def _simulate(job: Job, folder: RunFolder, sources: Sources) -> RunResult:
 
     simulation = job.config.simulation
     log = folder.path / LOG_NAME
+    broken: RoundFailed | None = None
     with logs_to(log), stop_on_signals(job.stop):
         try:
             run_simulation(
@@ -130,17 +131,28 @@ def _simulate(job: Job, folder: RunFolder, sources: Sources) -> RunResult:
                 },
             )
         except RuntimeError as error:
-            outcome.error = outcome.error or RoundFailed(
-                f"Flower's simulation engine stopped: {error.__cause__ or error} See {log}."
-            )
+            if outcome.error is None:  # else the engine only ended with the coordinator
+                broken = RoundFailed(
+                    f"Flower's simulation engine stopped: {_root_of(error)}. See {log}; "
+                    "resume the run with --resume if it had begun."
+                )
+                broken.__cause__ = error
         finally:  # the coordinator must not go on in an engine that is gone
             job.stop.set()
             outcome.done.wait(_SHUTDOWN_SECONDS)
-    if outcome.error is not None:
-        raise outcome.error
+    failure = broken or outcome.error
+    if failure is not None:
+        raise failure
     if outcome.result is None:
         raise CarpoolError(f"the coordinator ended without a result; see {log}.")
     return outcome.result
+
+
+def _root_of(error: BaseException) -> BaseException:
+    """What began it: Flower wraps errors twice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _ray_arguments(simulation: SimulationConfig) -> dict[str, ConfigRecordValues]:
@@ -149,6 +161,7 @@ def _ray_arguments(simulation: SimulationConfig) -> dict[str, ConfigRecordValues
         return quiet | {"address": simulation.ray_address}
     wanted = math.ceil(simulation.aggregators * simulation.cpus_per_aggregator)
     return quiet | {
+        "address": "local",  # never a cluster that somebody else started on this machine
         # one worker per aggregator at most: an idle one costs a few hundred megabytes
         "num_cpus": min(os.cpu_count() or 1, wanted),
         "object_store_memory": _OBJECT_STORE_BYTES,
