@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from carpool.errors import ExportError
-from carpool.progress import progress
+from carpool.progress import stages
 
 
 def register(app: typer.Typer) -> None:
@@ -69,16 +69,8 @@ def export(
         licence=model_licence,
         notices=tuple(_read_notice(path) for path in notice or []),
     )
-    with progress(f"export {preset}", total=len(STAGES)) as bar:
-        begun = 0
-
-        def announce(stage: str) -> None:
-            nonlocal begun
-            bar.advance(1 if begun else 0, note=stage)
-            begun += 1
-
+    with stages(f"export {preset}", total=len(STAGES)) as announce:
         bundle = export_bundle(model, documents, out, settings, announce=announce)
-        bar.advance(note="done")
     manifest = bundle.manifest
     size = manifest.files[manifest.program.file].bytes
     typer.echo(
