@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,39 @@ def test_many_threads_get_their_own_results(tiny_program: DeviceProgram) -> None
                 wrong.append(i)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+class SlowMethod(LendingMethod):
+    """Lends buffers that say which call filled them, and lets other threads run meanwhile."""
+
+    def execute(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Writes theta's first value into the buffers, waits, and lends them."""
+        for buffer in self.buffers:
+            buffer.fill_(float(inputs[0][0]))
+        time.sleep(0.002)
+        return self.buffers
+
+
+def test_one_call_ends_before_the_next_begins(make_tiny: Callable[..., Bundle]) -> None:
+    """The lock is held until the outputs are copied, whether or not the runtime holds Python's."""
+    program = DeviceProgram(make_tiny())
+    program._methods["gradients"] = SlowMethod([(), (tiny.LAYOUT.num_values,)])
+    batch = batch_of(program)
+    wrong = []
+
+    def work(i: int) -> None:
+        values = np.full(tiny.LAYOUT.num_values, i, np.float32)
+        for _ in range(20):
+            loss, gradient = program.gradients(values, batch, l2_clip_norm=1.0)
+            if loss != i or np.any(gradient != i):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
