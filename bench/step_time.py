@@ -1,6 +1,7 @@
 """Time of one training step: the bundle's program against eager PyTorch, in one process.
 
     python bench/step_time.py BUNDLE [--batch 8] [--length 32] [--threads 2] [--repeats 21]
+    taskset -c 0 python bench/step_time.py BUNDLE --threads 1 --clock cpu    # on a busy machine
 
 Eager is the plain backward pass of the same step with the better of the library's two
 attentions. The two sides take turns, so that a busy machine slows both; medians are printed.
@@ -24,16 +25,20 @@ from carpool_export.reference import Reference
 from carpool_export.runner import LoadedProgram
 from carpool_export.source import open_source
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
-def medians(steps: dict[str, Callable[[], object]], *, repeats: int) -> dict[str, float]:
+
+def medians(
+    steps: dict[str, Callable[[], object]], *, repeats: int, clock: Callable[[], float]
+) -> dict[str, float]:
     """Median seconds of each, after two calls to warm up."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(repeats + 2):
         for name, step in steps.items():
-            start = time.perf_counter()
+            start = clock()
             step()
             if turn >= 2:  # noqa: PLR2004  the warm-up
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -46,6 +51,13 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=21)
+    parser.add_argument(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="cpu: seconds of all threads of this process; take it on a busy machine, with one "
+        "thread and one core",
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
@@ -87,11 +99,12 @@ def main() -> None:
             "sdpa attention": eager("sdpa"),
         },
         repeats=options.repeats,
+        clock=CLOCKS[options.clock],
     )
     best = min(found["eager attention"], found["sdpa attention"])
     print(
         f"{bundle.manifest.preset}, batch {options.batch}, length {options.length}, "
-        f"{options.threads} threads, medians of {options.repeats}:"
+        f"{options.threads} threads, {options.clock} time, medians of {options.repeats}:"
     )
     for name, seconds in found.items():
         print(f"  {name:16} {1000 * seconds:7.1f} ms")

@@ -117,7 +117,7 @@ def export_bundle(
         announce(STAGES[1])
         corpus = _corpus(eager, source, documents, trainables=trainables, settings=settings)
         reference = Reference(
-            model=eager,
+            model=eager.double(),
             layout=trainables.layout,
             logit_scale=settings.logit_scale,
             corpus=corpus,

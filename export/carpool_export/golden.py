@@ -72,8 +72,10 @@ def golden_step(
             "labels": batch.labels,
             "example_weights": batch.example_weights,
             "l2_clip_norm": torch.tensor([bound]),
-            "expected_loss": (losses * batch.example_weights).sum().reshape(1),
-            "expected_gradient": clipped_sum(gradients, batch.example_weights, l2_clip_norm=bound),
-            "expected_scores": scores,
+            "expected_loss": (losses * batch.example_weights).sum().reshape(1).float(),
+            "expected_gradient": clipped_sum(
+                gradients, batch.example_weights, l2_clip_norm=bound
+            ).float(),
+            "expected_scores": scores.float(),
         },
     )

@@ -1,4 +1,4 @@
-"""The gate: the finished program against eager PyTorch, before a bundle is written."""
+"""The gate: the finished program against eager PyTorch in float64, before a bundle is written."""
 
 from __future__ import annotations
 

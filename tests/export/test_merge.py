@@ -11,8 +11,9 @@ from export_cases import MODEL, Case
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
+from carpool.bundle import Bundle
 from carpool.errors import BundleError, ExportError
-from carpool.theta import write_theta
+from carpool.theta import write_theta, zero_theta
 from carpool_export.merge import merge
 from carpool_export.parity import random_theta, relative_error
 
@@ -56,7 +57,19 @@ def test_merged_models_scores_are_the_programs(
     assert "MITRE" in (tmp_path / "merged" / "README.md").read_text()
 
 
-def test_another_model_is_refused(small_bundle: Path, tiny_model: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def released(small_bundle: Path, tmp_path: Path) -> Path:
+    """A theta of ``small_bundle``."""
+    bundle = Bundle.open(small_bundle)
+    layout = bundle.manifest.layout
+    path = tmp_path / "theta.safetensors"
+    write_theta(path, zero_theta(layout), layout=layout, bundle_id=bundle.id, round_number=1)
+    return path
+
+
+def test_another_model_is_refused(
+    small_bundle: Path, released: Path, tiny_model: Path, tmp_path: Path
+) -> None:
     """Folding an adapter into other weights would give a model nobody trained."""
     with pytest.raises(
         ExportError,
@@ -64,16 +77,13 @@ def test_another_model_is_refused(small_bundle: Path, tiny_model: Path, tmp_path
         r"from \(all-MiniLM-L6-v2, weights [0-9a-f]{12}\), got Tiny, weights [0-9a-f]{12}\. "
         r"Pass the right one with --model\.$",
     ):
-        merge(
-            small_bundle,
-            small_bundle / "theta.safetensors",
-            tmp_path / "merged",
-            model=str(tiny_model),
-        )
+        merge(small_bundle, released, tmp_path / "merged", model=str(tiny_model))
     assert not (tmp_path / "merged").exists()
 
 
-def test_existing_destination_is_left_alone(small_bundle: Path, tmp_path: Path) -> None:
+def test_existing_destination_is_left_alone(
+    small_bundle: Path, released: Path, tmp_path: Path
+) -> None:
     """Nothing is overwritten."""
     with pytest.raises(BundleError, match="expected a path where nothing is yet"):
-        merge(small_bundle, small_bundle / "theta.safetensors", tmp_path, model=MODEL)
+        merge(small_bundle, released, tmp_path, model=MODEL)

@@ -1,4 +1,7 @@
-"""The finished program against eager PyTorch, at the bars of the project."""
+"""The finished program against eager PyTorch in float64, at the bars of the project.
+
+In float64, because eager float32 is itself off by up to half of the bar.
+"""
 
 from __future__ import annotations
 
@@ -76,9 +79,9 @@ def test_padding_row_adds_exactly_nothing(case: Case) -> None:
 def test_twenty_local_steps_stay_with_eager(case: Case) -> None:
     """Errors do not build up: 20 SGD steps end within 1e-5 of theta's largest value."""
     theta = torch.zeros(case.num_values)
-    expected = theta.clone()
+    expected = theta.double()
     for step in range(20):
-        batch = make_batch(case, 8, 24, seed=step)
+        batch = make_batch(case, 4, 16, seed=step)
         _, gradient = case.step(theta, batch, PLAIN_GRADIENT_CLIP)
         theta = theta - 0.1 * gradient
         _, eager = case.reference.plain_gradients(expected, batch)
