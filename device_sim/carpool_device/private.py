@@ -5,13 +5,10 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from carpool.errors import DeviceError
+from carpool.native import muted_standard_error
 
 POOL_SIZE = "_threadpool_get_thread_count"
 RESET_POOL = "_unsafe_reset_threadpool"
@@ -25,7 +22,7 @@ def start_thread_pool() -> None:
     """
     pool_size = getattr(_bindings(), POOL_SIZE, None)
     if pool_size is not None:
-        with _muted_standard_error():
+        with muted_standard_error():
             pool_size()
 
 
@@ -41,7 +38,7 @@ def resize_thread_pool(count: int) -> None:
             f"this version of ExecuTorch has no {RESET_POOL}, so its number of threads cannot be "
             "chosen. Leave it at the default."
         )
-    with _muted_standard_error():
+    with muted_standard_error():
         reset(count)
 
 
@@ -49,18 +46,3 @@ def _bindings() -> Any:  # noqa: ANN401  executorch has no type information
     from executorch.extension.pybindings import portable_lib  # noqa: PLC0415  takes seconds
 
     return portable_lib
-
-
-@contextmanager
-def _muted_standard_error() -> Iterator[None]:
-    """Drops what native code writes to standard error, for a moment and for the whole process."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)

@@ -8,6 +8,8 @@ from pathlib import Path
 from executorch.runtime import Runtime
 from torch import Tensor
 
+from carpool.native import muted_standard_error
+
 
 class LoadedProgram:
     """A ``.pte`` whose methods can be called.
@@ -18,7 +20,9 @@ class LoadedProgram:
 
     def __init__(self, path: Path, methods: Sequence[str]) -> None:
         self._program = Runtime.get().load_program(path)
-        self._methods = {name: self._program.load_method(name) for name in methods}
+        # the runtime's threads start here, and print about files that only exist on ARM
+        with muted_standard_error():
+            self._methods = {name: self._program.load_method(name) for name in methods}
 
     def call(self, method: str, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The method's outputs, copied: the next call overwrites the runtime's own.

@@ -8,6 +8,7 @@ import pytest
 import tiny
 
 from carpool.errors import DeviceError
+from carpool.native import muted_standard_error
 from carpool_device import private
 from carpool_device.runtime import DeviceProgram, use_threads
 
@@ -53,7 +54,7 @@ def test_only_the_runtimes_notices_are_dropped(capfd: pytest.CaptureFixture[str]
     """Standard error is back afterwards, also after an error inside."""
 
     def fail() -> None:
-        with private._muted_standard_error():
+        with muted_standard_error():
             os.write(2, b"dropped")
             raise KeyError
 
