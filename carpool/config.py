@@ -100,7 +100,8 @@ class SimulationConfig(Model):
 
     Attributes:
         aggregators: Flower nodes; each speaks for its share of the devices.
-        cpus_per_aggregator: what Ray reserves for one aggregator at work.
+        cpus_per_aggregator: what Ray reserves for one aggregator at work; its runtime takes as
+            many threads (rounded down, at least one).
         ray_address: an existing Ray cluster to join, or None to start Ray on this machine.
     """
 

@@ -20,7 +20,7 @@ from carpool.errors import ConfigError, DeviceError, UpdateRejected
 from carpool.files import sha256_of_file
 from carpool.protocol import Contribution, ContributionHeader, PoolHeader, RoundTask
 from carpool.schema import canonical_id
-from carpool_device.runtime import DeviceProgram
+from carpool_device.runtime import DeviceProgram, use_threads
 from carpool_device.training import train_locally
 from carpool_server.aggregation import Total, clip_to_grid
 from carpool_server.exchange import from_record, to_record
@@ -34,10 +34,13 @@ class Sources:
     Attributes:
         bundle: the bundle's folder.
         data: the data set's folder; its training clients are the devices.
+        threads: how many the runtime may use in an aggregator's process, or None for one per
+            core. Processes that share a machine and take all cores each wait for each other.
     """
 
     bundle: str
     data: str
+    threads: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,6 +67,8 @@ def farm(sources: Sources) -> Farm:
         BundleError, CorpusError, DeviceError: what was found cannot be used.
     """
     bundle, data = Bundle.open(Path(sources.bundle)), Path(sources.data)
+    if sources.threads is not None:
+        use_threads(sources.threads)
     return Farm(
         bundle=bundle,
         program=DeviceProgram.load(bundle),

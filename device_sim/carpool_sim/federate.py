@@ -92,7 +92,11 @@ def run(
         if folder.state is not None and folder.state.info.finished:
             return finished(job, folder)
         # absolute: Ray's workers have a working directory of their own
-        sources = Sources(bundle=str(bundle.resolve()), data=str(dataset_dir.resolve()))
+        sources = Sources(
+            bundle=str(bundle.resolve()),
+            data=str(dataset_dir.resolve()),
+            threads=max(1, int(config.simulation.cpus_per_aggregator)),
+        )
         return _simulate(job, folder, sources)
 
 
