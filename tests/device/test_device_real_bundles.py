@@ -8,6 +8,7 @@ import importlib.util
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,15 @@ from carpool_device.training import LocalUpdate, train_locally
 
 PRESETS = ["small", "paper"]
 RECIPE = LocalRecipe(learning_rate=0.1, steps=20, batch_size=8, max_examples=32)
+
+
+@pytest.fixture(autouse=True)
+def one_eager_thread() -> Iterator[None]:
+    """Eager PyTorch's threads wait for each other for minutes where the machine is shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=PRESETS)
