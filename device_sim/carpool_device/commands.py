@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from carpool.bundle import Bundle
+from carpool.console import result_console
 from carpool.data.dataset import Dataset
 from carpool.errors import ConfigError
 from carpool.files import sha256_of_file, write_atomically
@@ -52,7 +53,7 @@ def selftest(bundle: BundleArgument) -> None:
     for check in checks:
         verdict = "ok" if check.passed else "OUTSIDE"
         table.add_row(check.name, f"{check.error:.2g}", f"{check.tolerance:.2g}", verdict)
-    Console().print(table)
+    result_console().print(table)
     require_passed(checks, program=program)
 
 
@@ -88,7 +89,7 @@ def search(
                 escape(f"{hit.document.title} ({hit.document.id})"),
             ]
         table.add_row(*cells)
-    Console().print(table)
+    result_console().print(table)
 
 
 def evaluate(
@@ -125,7 +126,7 @@ def evaluate(
         summarise_all,
     )
 
-    console, errors = Console(), Console(stderr=True)
+    console, errors = result_console(), Console(stderr=True)
     if split == "test":
         if not final_claims:
             raise ConfigError(

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from carpool.console import result_console
 from carpool.errors import RunStopped
 from carpool.progress import progress
 from carpool_sim.settings import find_settings
@@ -109,7 +110,7 @@ def demo(
     except RunStopped as error:
         _say(f"{out}: {error}")
         raise typer.Exit(130) from error
-    console = Console()
+    console = result_console()
     console.print(as_terminal_table(report))
     for comparison in report.comparisons:
         if comparison.metric == "acc@1":

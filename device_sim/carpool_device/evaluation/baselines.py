@@ -6,6 +6,7 @@ cosine, needs no code of its own: it is the program at the initial theta (``eval
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -41,6 +42,8 @@ def evaluate_bm25(
     library bm25s.
     """
     import bm25s  # noqa: PLC0415  brings scipy; commands that rank nothing skip it
+
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG
 
     def split_into_words(texts: list[str]) -> list[list[str]]:
         words: list[list[str]] = bm25s.tokenize(
