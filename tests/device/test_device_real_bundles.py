@@ -29,7 +29,8 @@ from carpool_device.runtime import DeviceProgram
 from carpool_device.selftest import replay_golden_step
 from carpool_device.training import LocalUpdate, train_locally
 
-PRESETS = ["small", "paper"]
+# another export takes a minute and more: the slow tests make it
+PRESETS = [pytest.param("small"), pytest.param("paper", marks=pytest.mark.slow)]
 RECIPE = LocalRecipe(learning_rate=0.1, steps=20, batch_size=8, max_examples=32)
 
 
