@@ -67,7 +67,8 @@ def farm(sources: Sources) -> Farm:
         BundleError, CorpusError, DeviceError: what was found cannot be used.
     """
     bundle, data = Bundle.open(Path(sources.bundle)), Path(sources.data)
-    if sources.threads is not None:
+    # a process that has used a program keeps its threads: Ray's workers are fresh ones
+    if sources.threads is not None and not DeviceProgram.any_used:
         use_threads(sources.threads)
     return Farm(
         bundle=bundle,
