@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -136,6 +136,15 @@ def test_ctrl_c_is_one_line_and_exit_code_130(
     assert run("work") == (130, "", "\nInterrupted.\n")
 
 
+@pytest.fixture
+def heeds_sigint() -> Iterator[None]:
+    """A shell starts background jobs with SIGINT ignored, and children inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_sigint")
 def test_sigint_to_the_real_command_exits_with_130(tmp_path: Path) -> None:
     """A real process, interrupted while a command waits for a pipe."""
     pipe = tmp_path / "documents"
