@@ -14,6 +14,7 @@ SHORT = ("--set", "rounds=2", "--set", "cohort.expected_size=3.0")
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # an export and four starts of Ray
 def test_demo_ends_in_a_report_and_goes_on_where_it_was(
     carpool: Callable[..., str], tmp_path: Path
 ) -> None:

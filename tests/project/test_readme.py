@@ -47,6 +47,7 @@ def test_links_of_the_readme_lead_somewhere(repository: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # may have to export, and starts Ray
 def test_steps_of_the_readme_run_as_written(
     repository: Path,
     carpool: Callable[..., str],
