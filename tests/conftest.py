@@ -60,8 +60,13 @@ def _made_once(name: str, command) -> Path:  # noqa: ANN001  a path to arguments
         if not (folder / name).exists():
             _prune()
             run = [sys.executable, "-c", "from carpool.cli import main; main()"]
+            # One thread: on a busy machine several wait for each other at every step.
             done = subprocess.run(
-                [*run, *command(folder / name)], capture_output=True, text=True, check=False
+                [*run, *command(folder / name)],
+                capture_output=True,
+                text=True,
+                check=False,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
             )
             if done.returncode != 0:
                 shutil.rmtree(folder / name, ignore_errors=True)
