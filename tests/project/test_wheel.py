@@ -44,7 +44,7 @@ def test_wheel_works_outside_the_checkout(
     site = Path(sysconfig.get_path("purelib", vars={"base": str(tmp_path / "env")}))
     (site / "extras.pth").write_text(sysconfig.get_path("purelib") + "\n")
     code = (
-        "import carpool, carpool_device, carpool_export, carpool_flower, carpool_server, "
+        "import carpool, carpool_device, carpool_export, carpool_server, "
         "carpool_sim; from carpool_sim.settings import packaged_settings; "
         "print(carpool_sim.__file__, packaged_settings('small').rounds)"
     )
