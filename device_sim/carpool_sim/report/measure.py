@@ -75,8 +75,11 @@ def measure(
             rankings[name] = rank_queries(program, theta, queries, on_progress=bar.advance)
     sample = sample_clients(examples, at_least=CURVE_QUERIES)
     curve_queries = prepare_queries(program.tokenizer, program.document_index, sample)
+    untrained = _point(program, bundle.initial_theta(), curve_queries, round_number=0)
     trainings = {
-        name: _training(bundle, program, runs[name], infos[name], curve_queries, name=name)
+        name: _training(
+            bundle, program, runs[name], infos[name], curve_queries, untrained=untrained, name=name
+        )
         for name in runs
     }
     return Report(
@@ -132,23 +135,15 @@ def _training(
     info: RunInfo,
     queries: Queries,
     *,
+    untrained: CurvePoint,
     name: str,
 ) -> Training:
     rounds = [r for r in range(1, info.round_number + 1) if (folder / release_name(r)).exists()]
-    curve = []
-    with progress(f"curve: {name}", total=len(rounds) + 1) as bar:
-        for round_number in (0, *rounds):
-            theta = (
-                _released(bundle, folder, round_number) if round_number else bundle.initial_theta()
-            )
-            ranks = rank_queries(program, theta, queries).ranks
-            curve.append(
-                CurvePoint(
-                    round_number=round_number,
-                    accuracy=float(METRICS["acc@1"](ranks).mean()),
-                    reciprocal_rank=float(METRICS["MRR@10"](ranks).mean()),
-                )
-            )
+    curve = [untrained]  # every run starts there
+    with progress(f"curve: {name}", total=len(rounds)) as bar:
+        for round_number in rounds:
+            theta = _released(bundle, folder, round_number)
+            curve.append(_point(program, theta, queries, round_number=round_number))
             bar.advance()
     layout = bundle.manifest.layout
     return Training(
@@ -163,6 +158,17 @@ def _training(
         versions=info.versions,
         theta=f"{folder.name}/{release_name(info.round_number)}",
         curve=tuple(curve),
+    )
+
+
+def _point(
+    program: DeviceProgram, theta: NDArray[np.float32], queries: Queries, *, round_number: int
+) -> CurvePoint:
+    ranks = rank_queries(program, theta, queries).ranks
+    return CurvePoint(
+        round_number=round_number,
+        accuracy=float(METRICS["acc@1"](ranks).mean()),
+        reciprocal_rank=float(METRICS["MRR@10"](ranks).mean()),
     )
 
 
