@@ -21,7 +21,19 @@ Messages read "expected, got, what to do" and carry the value.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
+
+Refusal = Literal[
+    "no-examples",
+    "unknown-document",
+    "recipe-not-supported",
+    "diverged",
+    "not-finite",
+    "device-failed",
+    "not-spoken-for",
+]
+"""Why a device's update is not in a contribution: all that the coordinator is told. An error's
+message stays in the log of the side that raised it, because it may quote private data."""
 
 
 class CarpoolError(Exception):
@@ -65,7 +77,14 @@ class ParityError(ExportError):
 
 
 class DeviceError(CarpoolError):
-    """A device that cannot run a bundle, or cannot train on its examples."""
+    """A device that cannot run a bundle, or cannot train on its examples.
+
+    ``reason`` is what may leave the device.
+    """
+
+    def __init__(self, message: str, *, reason: Refusal = "device-failed") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class MalformedMessage(CarpoolError):  # noqa: N818  the field's word; every error here has the same base
@@ -82,6 +101,8 @@ class ContributionRejected(CarpoolError):  # noqa: N818  the field's word; every
 
 class UpdateRejected(CarpoolError):  # noqa: N818  the field's word; every error here has the same base
     """An update that an aggregator refuses to add. ``device_id`` names the device."""
+
+    reason: Refusal = "not-finite"
 
     def __init__(self, message: str, *, device_id: str) -> None:
         super().__init__(f"device {device_id}: {message}")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
 
 from rich.console import Console
 from rich.markup import escape
@@ -21,8 +20,6 @@ from rich.progress import (
 
 PLAIN_SECONDS = 10.0
 """Seconds between two lines where there is no terminal; first and last are always printed."""
-
-_Item = TypeVar("_Item")
 
 
 class Bar:
@@ -115,19 +112,3 @@ def stages(description: str, *, total: int) -> Iterator[Callable[[str], None]]:
 
         yield begin
         bar.advance(note="done")
-
-
-def track(
-    items: Iterable[_Item],
-    description: str,
-    *,
-    total: int | None = None,
-    console: Console | None = None,
-) -> Iterator[_Item]:
-    """Yields ``items`` and shows how many are done; ``total`` is their number where known."""
-    if total is None and isinstance(items, Sized):
-        total = len(items)
-    with progress(description, total=total, console=console) as bar:
-        for item in items:
-            yield item
-            bar.advance()

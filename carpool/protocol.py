@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
-from carpool.errors import MalformedMessage
+from carpool.errors import MalformedMessage, Refusal
 from carpool.recipe import LocalRecipe
 from carpool.schema import Model, Sha256, canonical_bytes, describe
 
@@ -120,7 +120,8 @@ class ContributionHeader(Model):
         run_id, round_number, bundle_id, layout_id: the task's.
         device_ids: whose updates are in the sum, sorted.
         count: how many; the sum's bound follows from it.
-        refused: device id -> why its update is not in.
+        refused: device id -> why its update is not in; a word of a fixed list, because a message
+            could quote private text.
         num_examples: used by the devices in all; only where the task asked for the loss.
         loss_sum: of the devices' mean losses; only where the task asked for the loss.
     """
@@ -132,7 +133,7 @@ class ContributionHeader(Model):
     layout_id: Sha256
     device_ids: tuple[str, ...]
     count: int
-    refused: dict[str, str]
+    refused: dict[str, Refusal]
     num_examples: Annotated[int, Field(ge=0)] | None = None
     loss_sum: float | None = None
 

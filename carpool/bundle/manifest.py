@@ -176,12 +176,14 @@ class Golden(Model):
 class Parity(Model):
     """What the exporter's gate measured: the largest error over all shapes it tried.
 
-    Errors are shares of the largest eager value. ``shapes`` are (batch, length) pairs.
+    Errors are shares of the largest eager value; the loss's of 1, where eager is less. ``shapes``
+    are (batch, length) pairs.
     """
 
     gate: PositiveFloat
     gradient_error: Annotated[float, Field(ge=0)]
     scores_error: Annotated[float, Field(ge=0)]
+    loss_error: Annotated[float, Field(ge=0)]
     shapes: tuple[tuple[PositiveInt, PositiveInt], ...]
 
 

@@ -67,11 +67,26 @@ class Bundle:
         """The catalogue, in the order of the scores."""
         return read_documents(self.path / self.manifest.documents.file)
 
+    @property
+    def theta_path(self) -> Path:
+        """The theta that was shipped."""
+        return self.path / self.manifest.theta_file
+
     def initial_theta(self) -> NDArray[np.float32]:
         """The theta that was shipped: float32, shape ``(num_values,)``; zeros at first."""
-        return read_theta(
-            self.path / self.manifest.theta_file, layout=self.manifest.layout, bundle_id=None
-        )
+        return self.read_theta(self.theta_path)
+
+    def read_theta(self, path: Path) -> NDArray[np.float32]:
+        """A theta that was trained for this bundle, or the one that was shipped in it.
+
+        Returns:
+            float32, shape ``(num_values,)``, all finite.
+
+        Raises:
+            ThetaError: as ``carpool.theta.read_theta``.
+        """
+        shipped = path.exists() and path.samefile(self.theta_path)
+        return read_theta(path, layout=self.manifest.layout, bundle_id=None if shipped else self.id)
 
     def corpus(self) -> dict[str, NDArray[np.float32]]:
         """The programs' frozen inputs: ``documents`` (N x d) and, where used, ``basis`` (d x R).

@@ -19,7 +19,6 @@ from carpool.data.dataset import Dataset
 from carpool.errors import ConfigError
 from carpool.files import sha256_of_file, write_atomically
 from carpool.progress import progress
-from carpool.theta import read_theta
 
 # The runtime takes seconds to import, so each command does it itself, when it is run.
 if TYPE_CHECKING:
@@ -70,7 +69,7 @@ def search(
     from carpool_device.search import search as search_documents  # noqa: PLC0415
 
     opened = Bundle.open(bundle)
-    trained = None if theta is None else _read_theta(theta, opened)
+    trained = None if theta is None else opened.read_theta(theta)
     program = _load_opened(opened)
     before = search_documents(program, opened.initial_theta(), query, top=top)
     lists = [before]
@@ -141,7 +140,7 @@ def evaluate(
     opened = Bundle.open(bundle)
     files = _named_files(theta or [], taken=(BM25, ZERO_SHOT))
     thetas = {ZERO_SHOT: opened.initial_theta()}
-    thetas |= {name: _read_theta(path, opened) for name, path in files.items()}
+    thetas |= {name: opened.read_theta(path) for name, path in files.items()}
     examples = Dataset.open(data).part(split)
     program = _load_opened(opened)
     queries = prepare_queries(program.tokenizer, program.document_index, examples)
@@ -193,10 +192,6 @@ def _load_opened(bundle: Bundle) -> DeviceProgram:
         program = DeviceProgram.load(bundle)
         bar.advance()
     return program
-
-
-def _read_theta(path: Path, bundle: Bundle) -> NDArray[np.float32]:
-    return read_theta(path, layout=bundle.manifest.layout, bundle_id=bundle.id)
 
 
 def _named_files(pairs: list[str], *, taken: tuple[str, ...]) -> dict[str, Path]:

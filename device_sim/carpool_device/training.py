@@ -70,7 +70,8 @@ def train_locally(
     if recipe.batch_size > program.max_batch:
         raise DeviceError(
             f"device {device_id}: expected a batch size of at most {program.max_batch}, which "
-            f"the program takes, got {recipe.batch_size} in the recipe."
+            f"the program takes, got {recipe.batch_size} in the recipe.",
+            reason="recipe-not-supported",
         )
     plan = list(
         plan_batches(
@@ -95,7 +96,8 @@ def train_locally(
         if not (math.isfinite(loss) and np.isfinite(current).all()):
             raise DeviceError(
                 f"device {device_id}: training diverged at step {number} of {len(plan)} "
-                f"(loss {loss}). Lower the recipe's learning rate, now {recipe.learning_rate}."
+                f"(loss {loss}). Lower the recipe's learning rate, now {recipe.learning_rate}.",
+                reason="diverged",
             )
         losses.append((loss, len(places)))
     return LocalUpdate(
@@ -147,7 +149,9 @@ def step(
 def _labels(program: DeviceProgram, examples: Sequence[Example], *, device_id: str) -> list[int]:
     """Each example's document as its place in the catalogue."""
     if not examples:
-        raise DeviceError(f"device {device_id}: expected at least one example, got none.")
+        raise DeviceError(
+            f"device {device_id}: expected at least one example, got none.", reason="no-examples"
+        )
     labels = []
     for number, example in enumerate(examples, start=1):
         label = program.document_index.get(example.document)
@@ -155,7 +159,8 @@ def _labels(program: DeviceProgram, examples: Sequence[Example], *, device_id: s
             raise DeviceError(
                 f"device {device_id}: example {number} of {len(examples)}: unknown document id "
                 f"{example.document!r}; expected one of the {len(program.document_index)} "
-                f"documents of bundle {program.bundle.id[:12]}."
+                f"documents of bundle {program.bundle.id[:12]}.",
+                reason="unknown-document",
             )
         labels.append(label)
     return labels

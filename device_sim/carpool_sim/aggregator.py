@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from pathlib import Path
 
 from flwr.app import Context, Message
@@ -16,7 +17,7 @@ from flwr.clientapp import ClientApp
 from carpool.bundle import Bundle
 from carpool.data.corpus import Example
 from carpool.data.dataset import DOCUMENTS_NAME, EXAMPLES_NAME, SPLIT_NAME, Dataset
-from carpool.errors import ConfigError, DeviceError, UpdateRejected
+from carpool.errors import ConfigError, DeviceError, Refusal, UpdateRejected
 from carpool.files import sha256_of_file
 from carpool.protocol import Contribution, ContributionHeader, PoolHeader, RoundTask
 from carpool.schema import canonical_id
@@ -25,6 +26,8 @@ from carpool_device.training import train_locally
 from carpool_server.aggregation import Total, clip_to_grid
 from carpool_server.exchange import from_record, to_record
 from carpool_sim.spread import spread
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,7 +98,8 @@ def make_client_app(sources: Sources | None = None) -> ClientApp:
 def contribute(task: RoundTask, devices: Farm, *, device_ids: frozenset[str]) -> Contribution:
     """Trains the devices that the task asks for and adds up their clipped updates.
 
-    A device that cannot train is refused with its reason, and the others go on.
+    A device that cannot train is refused with its reason, and the others go on; the whole
+    message goes to this side's log.
 
     Args:
         task: what is asked.
@@ -115,11 +119,11 @@ def contribute(task: RoundTask, devices: Farm, *, device_ids: frozenset[str]) ->
             raise DeviceError(f"expected a task for {name} {expected}, got one for {found}.")
     manifest.layout.check(task.theta, source="the task's theta")
     total = Total(num_values=task.theta.size, capacity=len(header.device_ids))
-    refused: dict[str, str] = {}
+    refused: dict[str, Refusal] = {}
     num_examples, loss_sum = 0, 0.0
     for device_id in header.device_ids:
         if device_id not in device_ids:
-            refused[device_id] = f"device {device_id}: not one of this aggregator's devices."
+            refused[device_id] = "not-spoken-for"
             continue
         try:
             local = train_locally(
@@ -133,7 +137,8 @@ def contribute(task: RoundTask, devices: Farm, *, device_ids: frozenset[str]) ->
             )
             clipped = clip_to_grid(local.update, clip_norm=header.clip_norm, device_id=device_id)
         except (DeviceError, UpdateRejected) as error:
-            refused[device_id] = str(error)
+            _log.warning("round %d: %s", header.round_number, error)
+            refused[device_id] = error.reason
             continue
         total.add(clipped, count=1)
         num_examples += local.num_examples

@@ -142,6 +142,7 @@ def export_bundle(
             gate=GRADIENT_GATE,
             gradient_error=measured.gradient,
             scores_error=measured.scores,
+            loss_error=measured.loss,
             shapes=tuple(shapes),
         )
         fields = _manifest_fields(source, documents, trainables, settings)

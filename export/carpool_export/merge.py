@@ -28,7 +28,6 @@ from safetensors.numpy import load_file, save_file
 from carpool.bundle import Bundle, Manifest, staging_folder
 from carpool.errors import ExportError
 from carpool.files import sync_directory
-from carpool.theta import read_theta
 from carpool_export.source import ModelSource, open_source
 
 VECTORS_NAME = "documents.safetensors"
@@ -48,7 +47,7 @@ def merge(bundle_path: Path, theta_path: Path, destination: Path, *, model: str)
 
     Args:
         bundle_path: the bundle that theta was trained for.
-        theta_path: a theta of it.
+        theta_path: a theta of it; the one inside it gives the untrained model.
         destination: where the folder shall be; nothing may be there yet.
         model: the folder or package that the bundle was exported from.
 
@@ -59,7 +58,7 @@ def merge(bundle_path: Path, theta_path: Path, destination: Path, *, model: str)
     """
     bundle = Bundle.open(bundle_path)
     manifest = bundle.manifest
-    theta = read_theta(theta_path, layout=manifest.layout, bundle_id=bundle.id)
+    theta = bundle.read_theta(theta_path)
     source = open_source(model)
     found = source.weights_sha256()
     if found != manifest.model.weights_sha256:

@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
 from carpool.config import RunConfig
-from carpool.errors import CheckpointError
+from carpool.errors import CheckpointError, Refusal
 from carpool.protocol import TaskHeader
 from carpool.theta import Layout
 from carpool_server.aggregation import grid_step
@@ -202,7 +202,7 @@ def _run_round(
     return state
 
 
-def _release(job: Job, folder: RunFolder, state: RunState, *, refused: dict[str, str]) -> None:
+def _release(job: Job, folder: RunFolder, state: RunState, *, refused: dict[str, Refusal]) -> None:
     """Makes a checkpointed round known. May be done again: the files are there or made."""
     number = state.info.round_number
     folder.release(state, layout=job.layout)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from carpool.config import CohortConfig
-from carpool.errors import ContributionRejected, MalformedMessage, RoundFailed
+from carpool.errors import ContributionRejected, MalformedMessage, Refusal, RoundFailed
 from carpool.protocol import Contribution, RoundTask, TaskHeader
 from carpool_server.aggregation import Total, validate_contribution
 from carpool_server.exchange import TRAIN, Exchange, Reply
@@ -43,7 +43,7 @@ class Gathered:
 
     total: Total
     device_ids: set[str] = dataclasses.field(default_factory=set)
-    refused: dict[str, str] = dataclasses.field(default_factory=dict)
+    refused: dict[str, Refusal] = dataclasses.field(default_factory=dict)
     rejected: list[str] = dataclasses.field(default_factory=list)
     loss_sum: float = 0.0
     extensions: int = 0

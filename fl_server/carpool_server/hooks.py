@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from carpool.errors import Refusal
 from carpool.schema import Model
 
 Count = Annotated[int, Field(ge=0)]
@@ -63,7 +64,7 @@ class RoundFacts:
     rounds: int
     theta: NDArray[np.float32]
     record: RoundRecord
-    refused: dict[str, str]
+    refused: dict[str, Refusal]
 
 
 class RoundHook(Protocol):

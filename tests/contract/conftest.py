@@ -81,7 +81,9 @@ def manifest_fields() -> dict[str, Any]:
             loss_tolerance=1e-5,
             scores_tolerance=1e-5,
         ),
-        "parity": Parity(gate=2e-6, gradient_error=0.0, scores_error=0.0, shapes=((1, 2),)),
+        "parity": Parity(
+            gate=2e-6, gradient_error=0.0, scores_error=0.0, loss_error=0.0, shapes=((1, 2),)
+        ),
         "licences": (Licence(applies_to="documents", licence="CC0-1.0", notice="für alle"),),
     }
 

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from carpool.bundle import Bundle, Manifest, finish_bundle, staging_folder
 from carpool.bundle.manifest import Range, Signature
-from carpool.errors import BundleError
+from carpool.errors import BundleError, ThetaError
 from carpool.theta import Layout
 
 MakeBundle = Callable[..., Bundle]
@@ -58,6 +58,20 @@ def test_a_finished_bundle_opens_with_everything_in_it(make_bundle: MakeBundle) 
     arrays, texts = bundle.golden()
     assert arrays["expected_loss"].tolist() == [1.5]
     assert texts == ["héllo"]
+
+
+def test_the_shipped_theta_is_read_like_a_trained_one(
+    make_bundle: MakeBundle, tmp_path: Path
+) -> None:
+    """It names no bundle, so a copy of it elsewhere is refused."""
+    bundle = make_bundle()
+    assert bundle.read_theta(bundle.path / "." / "theta.safetensors").tolist() == [0.0] * 8
+    copy = tmp_path / "theta.safetensors"
+    copy.write_bytes(bundle.theta_path.read_bytes())
+    with pytest.raises(
+        ThetaError, match=f"expected a theta of bundle {bundle.id}, got bundle None"
+    ):
+        bundle.read_theta(copy)
 
 
 def test_id_is_the_hash_of_the_canonical_manifest_without_signature(

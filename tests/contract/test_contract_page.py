@@ -6,10 +6,12 @@ import hashlib
 import itertools
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from carpool.bundle import Bundle
+from carpool.errors import Refusal
 from carpool.protocol import ContributionHeader, PoolHeader, TaskHeader
 from carpool.randomness import shuffled, words
 from carpool.schema import Model
@@ -57,3 +59,9 @@ def test_the_page_lists_every_field_of_a_message(name: str, header: type[Model])
     """In the order of the schema."""
     row = next(line for line in PAGE.splitlines() if line.startswith(f"| {name} |"))
     assert re.findall(r"`([a-z_]+)`", row.split("|")[2]) == list(header.model_fields)
+
+
+def test_the_page_lists_every_reason() -> None:
+    """In the order of the type."""
+    line = next(line for line in PAGE.splitlines() if line.startswith("A reason is one of "))
+    assert re.findall(r"`([a-z-]+)`", line) == list(get_args(Refusal))

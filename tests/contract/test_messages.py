@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as stn
 
-from carpool.errors import MalformedMessage
+from carpool.errors import MalformedMessage, Refusal
 from carpool.protocol import (
     Contribution,
     ContributionHeader,
@@ -58,7 +58,7 @@ contribution_headers = st.builds(
     layout_id=hashes,
     device_ids=names,
     count=st.integers(-(2**53) + 1, 2**53 - 1),
-    refused=st.dictionaries(texts, texts, max_size=3),
+    refused=st.dictionaries(texts, st.sampled_from(get_args(Refusal)), max_size=3),
     num_examples=st.none() | st.integers(0, 2**53 - 1),
     loss_sum=st.none() | st.floats(allow_nan=False, allow_infinity=False),
 )
@@ -208,7 +208,12 @@ def test_a_task_without_a_field_is_refused(name: str) -> None:
             ),
         ),
         ({"num_examples": -1}, "num_examples: Input should be greater than or equal to 0, got -1"),
-        ({"refused": {"a": 1}}, "refused.a: Input should be a valid string, got 1"),
+        (
+            {"refused": {"a": "unknown document 'd7'"}},
+            "refused.a: Input should be "
+            + ", ".join(repr(reason) for reason in get_args(Refusal)[:-1])
+            + f" or {get_args(Refusal)[-1]!r}, got \"unknown document 'd7'\"",
+        ),
         ({"loss_sums": 1}, "loss_sums: unknown field; did you mean 'loss_sum'?"),
     ],
 )

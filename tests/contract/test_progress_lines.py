@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 import carpool.progress
-from carpool.progress import progress, track
+from carpool.progress import progress
 
 
 @pytest.fixture
@@ -62,15 +62,6 @@ def test_a_terminal_gets_a_bar() -> None:
     assert "rounds [red]" in shown
     assert "loss [bold]" in shown
     assert "2/2" in shown
-
-
-def test_track_yields_the_items_and_counts_them() -> None:
-    """The length is found where there is one."""
-    console = log()
-    assert list(track("abc", "letters", console=console)) == ["a", "b", "c"]
-    assert lines(console)[0] == "letters: 0/3"
-    assert lines(console)[-1] == "letters: 3/3"
-    assert list(track(iter("ab"), "letters", console=log())) == ["a", "b"]
 
 
 def test_progress_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -217,7 +217,13 @@ def manifest_fields() -> dict[str, Any]:
             "loss_tolerance": 1e-5,
             "scores_tolerance": 1e-5,
         },
-        "parity": {"gate": 1e-5, "gradient_error": 0.0, "scores_error": 0.0, "shapes": [(3, 5)]},
+        "parity": {
+            "gate": 1e-5,
+            "gradient_error": 0.0,
+            "scores_error": 0.0,
+            "loss_error": 0.0,
+            "shapes": [(3, 5)],
+        },
         "licences": [],
     }
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 from flwr.app import Message
 
+from carpool.errors import Refusal
 from carpool.protocol import Contribution, ContributionHeader, PoolHeader, RoundTask, TaskHeader
 from carpool.theta import Layout, Segment
 from carpool_server.aggregation import Total, clip_to_grid
@@ -33,7 +34,7 @@ def update_of(device_id: str, task: RoundTask) -> np.ndarray:
     return values - np.float32(0.1) * task.theta
 
 
-def contribution_to(task: RoundTask, *, refused: dict[str, str] | None = None) -> Contribution:
+def contribution_to(task: RoundTask, *, refused: dict[str, Refusal] | None = None) -> Contribution:
     """The honest answer."""
     header, refused = task.header, refused or {}
     taking_part = tuple(i for i in header.device_ids if i not in refused)

@@ -97,8 +97,9 @@ def test_nothing_exact_about_a_cohort_is_told(
     caplog.set_level(logging.DEBUG)
 
     def lie(message: Message, task: RoundTask) -> Message:
-        honest = contribution_to(task, refused={task.header.device_ids[0]: "broken"})
-        ids = (honest.header.device_ids[0], *honest.header.device_ids)
+        first_drawn = task.header.device_ids[0]  # the only one, in some of the random draws
+        honest = contribution_to(task, refused={first_drawn: "diverged"})
+        ids = (first_drawn, *honest.header.device_ids)
         header = honest.header.model_copy(update={"device_ids": ids, "count": len(ids)})
         return answer(message, type(honest)(header=header, total=honest.total))
 

@@ -62,7 +62,7 @@ def with_ids(make: Callable[[tuple[str, ...]], tuple[str, ...]]) -> fake_farm.Li
 
 def in_both(message: Message, task: RoundTask) -> Message:
     honest = contribution_to(task)
-    refused = {honest.header.device_ids[0]: "no"}
+    refused = {honest.header.device_ids[0]: "diverged"}
     new = honest.header.model_copy(update={"refused": refused})
     return answer(message, dataclasses.replace(honest, header=new))
 
@@ -416,7 +416,7 @@ def test_devices_that_were_refused_are_not_asked_again(run_here: RunHere) -> Non
     (everybody,) = dealt(30, parts=1)
 
     def lie(message: Message, task: RoundTask) -> Message:
-        refused = dict.fromkeys(task.header.device_ids[:8], "broken")
+        refused = dict.fromkeys(task.header.device_ids[:8], "diverged")
         return answer(message, contribution_to(task, refused=refused))
 
     aggregator = FakeAggregator(everybody, lie=lie)

@@ -16,7 +16,6 @@ from carpool.data.dataset import Dataset, SplitName
 from carpool.data.folder import SUMMARY_NAME, Summary
 from carpool.progress import progress
 from carpool.randomness import shuffled, words
-from carpool.theta import read_theta
 from carpool_device.evaluation import (
     METRICS,
     Queries,
@@ -173,8 +172,7 @@ def _point(
 
 
 def _released(bundle: Bundle, folder: Path, round_number: int) -> NDArray[np.float32]:
-    path = folder / release_name(round_number)
-    return read_theta(path, layout=bundle.manifest.layout, bundle_id=bundle.id)
+    return bundle.read_theta(folder / release_name(round_number))
 
 
 def _processor() -> str:

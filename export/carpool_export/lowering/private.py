@@ -79,20 +79,26 @@ def edge_config() -> EdgeCompileConfig:
     return EdgeCompileConfig(_check_ir_validity=False)
 
 
-class _RuntimeWeightLinear(LinearConfig):  # type: ignore[misc]  # executorch has no types
-    """``linear`` whose weight and bias may be computed: theta is an input."""
-
-    def get_original_aten(self) -> Any:  # noqa: ANN401  an overload
-        """Keeps ``linear`` whole until it is partitioned."""
-        return torch.ops.aten.linear.default
+class _RuntimeWeight:
+    """Of a product's configuration: its second factor may be computed."""
 
     def _get_weight_deps(
         self, node: Node, ep: ExportedProgram, precision: ConfigPrecisionType
     ) -> tuple[bool, list[Node]]:
         if not is_param_node(ep, node.args[1]):
             return True, []
-        frozen: tuple[bool, list[Node]] = super()._get_weight_deps(node, ep, precision)
+        frozen: tuple[bool, list[Node]] = super()._get_weight_deps(  # type: ignore[misc]
+            node, ep, precision
+        )
         return frozen
+
+
+class _RuntimeWeightLinear(_RuntimeWeight, LinearConfig):  # type: ignore[misc]  # no types
+    """``linear`` whose weight and bias may be computed: theta is an input."""
+
+    def get_original_aten(self) -> Any:  # noqa: ANN401  an overload
+        """Keeps ``linear`` whole until it is partitioned."""
+        return torch.ops.aten.linear.default
 
     def _get_bias_deps(
         self, node: Node, ep: ExportedProgram, precision: ConfigPrecisionType
@@ -104,7 +110,7 @@ class _RuntimeWeightLinear(LinearConfig):  # type: ignore[misc]  # executorch ha
         return frozen
 
 
-class _RuntimeWeightMatmul(GEMMConfig):  # type: ignore[misc]  # executorch has no types
+class _RuntimeWeightMatmul(_RuntimeWeight, GEMMConfig):  # type: ignore[misc]  # no types
     """``mm`` whose second factor may be computed; the stock set has no ``mm`` at all."""
 
     target_name = "mm.default"
@@ -115,14 +121,6 @@ class _RuntimeWeightMatmul(GEMMConfig):  # type: ignore[misc]  # executorch has 
     def supported_precision_types(self) -> list[ConfigPrecisionType]:
         """Float32 alone."""
         return [ConfigPrecisionType.FP32]
-
-    def _get_weight_deps(
-        self, node: Node, ep: ExportedProgram, precision: ConfigPrecisionType
-    ) -> tuple[bool, list[Node]]:
-        if not is_param_node(ep, node.args[1]):
-            return True, []
-        frozen: tuple[bool, list[Node]] = super()._get_weight_deps(node, ep, precision)
-        return frozen
 
 
 class _KeepsEveryLinear(XnnpackPartitioner):  # type: ignore[misc]  # executorch has no types
