@@ -25,6 +25,12 @@ from carpool_export.reference import Reference
 from carpool_export.runner import LoadedProgram
 from carpool_export.source import open_source
 
+PAUSE_SECONDS = 0.05
+"""Before each turn: the other side's idle threads spin for a while and would slow this one."""
+
+CALLS = 3
+"""In each turn; the first is not counted."""
+
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -33,12 +39,14 @@ def medians(
 ) -> dict[str, float]:
     """Median seconds of each, after two calls to warm up."""
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(repeats + 2):
+    for turn in range(repeats + 1):
         for name, step in steps.items():
-            start = clock()
-            step()
-            if turn >= 2:  # noqa: PLR2004  the warm-up
-                times[name].append(clock() - start)
+            time.sleep(PAUSE_SECONDS)
+            for call in range(CALLS):
+                start = clock()
+                step()
+                if turn and call:
+                    times[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

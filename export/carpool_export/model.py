@@ -34,18 +34,10 @@ def _bmm_attention(
     scaling: float,
     **_: Any,  # noqa: ANN401  what other models pass to their attention
 ) -> tuple[Tensor, None]:
-    """Attention as 3-D batched products: XNNPACK has those and no 4-D ones.
-
-    ``attention_mask`` is additive, float32, shape ``(B, 1, 1, T)``.
-    """
-    batch, heads, length, size = query_BHTK.shape
-    merged = (batch * heads, length, size)
-    query, key, value = (x.reshape(merged) for x in (query_BHTK, key_BHTK, value_BHTK))
-    mask = attention_mask.view(batch, 1, length).expand(batch, heads, length)
-    logits = torch.bmm(query * scaling, key.transpose(1, 2))
-    weights = torch.softmax(logits + mask.reshape(batch * heads, 1, length), dim=-1)
-    mixed = torch.bmm(weights, value).view(batch, heads, length, size)
-    return mixed.transpose(1, 2), None
+    """Attention as plain products; ``attention_mask`` is additive, float32, ``(B, 1, 1, T)``."""
+    logits = torch.matmul(query_BHTK * scaling, key_BHTK.transpose(2, 3))
+    weights = torch.softmax(logits + attention_mask, dim=-1)
+    return torch.matmul(weights, value_BHTK).transpose(1, 2), None
 
 
 AttentionInterface.register(_ATTENTION, _bmm_attention)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from carpool_export import model
 from carpool_export.lowering import MethodToLower, lower, passes, private
 from carpool_export.lowering.decompositions import DECOMPOSITIONS
+from carpool_export.lowering.product import PRODUCT
+from carpool_export.runner import LoadedProgram
 
 aten = torch.ops.aten
 
@@ -82,6 +85,11 @@ def transposed_twice(x: Tensor) -> Tensor:
     return aten.t(aten.t(x)) + 1.0
 
 
+def moved_twice(x: Tensor) -> Tensor:
+    cube = (x * 2.0).view(2, 3, 4)
+    return aten.clone(cube.transpose(0, 1)).permute(1, 2, 0) + 1.0
+
+
 def copies(x: Tensor) -> Tensor:
     return aten.expand(aten.clone(aten.alias(x)), [4, 6]) + 1.0
 
@@ -91,10 +99,30 @@ def product(x: Tensor) -> Tensor:
     return torch.mm(x, weight.t()) + torch.addmm(weight[:, 0], x, weight.t())
 
 
-def flattened_product(x: Tensor) -> Tensor:
-    weight = x[:3]
+def flattened_linear(x: Tensor) -> Tensor:
     cube = (x * 2.0).view(2, 2, 6)
-    return functional.linear(cube.view(4, 6), weight).view(2, 2, 3) * 1.0
+    return functional.linear(cube.view(4, 6), x[:3]).view(2, 2, 3) * 1.0
+
+
+def flattened_product(x: Tensor) -> Tensor:
+    cube = (x * 2.0).view(2, 2, 6)
+    return torch.mm(cube.view(4, 6), x.view(6, 4)).view(2, 2, 4) * 1.0
+
+
+def heads(x: Tensor) -> tuple[Tensor, Tensor]:
+    return (x * 2.0).view(2, 2, 3, 2), (x * 3.0).view(2, 2, 3, 2)
+
+
+def attention(x: Tensor) -> Tensor:
+    query, key = heads(x)
+    merged = key.transpose(2, 3).reshape(4, 2, 3)
+    return torch.bmm(query.reshape(4, 3, 2), merged).view(2, 2, 3, 3) * 1.0
+
+
+def attention_backward(x: Tensor) -> Tensor:
+    query, key = heads(x)
+    merged = query.reshape(4, 3, 2).transpose(1, 2)
+    return torch.bmm(merged, key.reshape(4, 3, 2)).view(2, 2, 2, 2) * 1.0
 
 
 def views(x: Tensor) -> Tensor:
@@ -109,7 +137,26 @@ def repeated(x: Tensor) -> Tensor:
     ("rewrite", "function", "gone", "there"),
     [
         (passes.drop_identities, copies, [aten.alias.default, aten.expand.default], []),
-        (passes.cancel_transposes, transposed_twice, [aten.t.default], []),
+        (passes.merge_transposes, transposed_twice, [aten.t.default], []),
+        (
+            passes.merge_transposes,
+            moved_twice,
+            [aten.transpose.int, aten.clone.default],
+            [aten.permute.default],
+        ),
+        (passes.products_before_view, flattened_product, [aten.mm.default], [PRODUCT]),
+        (
+            passes.batched_products,
+            attention,
+            [aten.bmm.default, aten.transpose.int],
+            [PRODUCT],
+        ),
+        (
+            passes.batched_products,
+            attention_backward,
+            [aten.bmm.default],
+            [aten.transpose.int, PRODUCT],
+        ),
         (
             passes.products_to_linear,
             product,
@@ -127,6 +174,7 @@ def test_pass_rewrites_and_keeps_the_function(
     """What must be gone is gone, what must remain remains that often, values are equal."""
     x = torch.arange(24.0).view(4, 6) / 10
     program = flat_program(function, x)
+    passes.name_views_alike(program.graph)
     assert rewrite(program.graph) > 0
     program.graph.eliminate_dead_code()
     program.graph.lint()
@@ -138,17 +186,52 @@ def test_pass_rewrites_and_keeps_the_function(
     assert torch.equal(program.module()(x), function(x))
 
 
+def test_a_product_that_was_not_merged_is_left_alone() -> None:
+    """Of three dimensions: XNNPACK takes ``bmm`` as it is."""
+    program = flat_program(
+        lambda x: torch.bmm(x.view(2, 3, 4), x.view(2, 4, 3)).view(2, 9), torch.ones(4, 6)
+    )
+    assert passes.batched_products(program.graph) == 0
+
+
+def products(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    query, key = x.view(-1, 2, 3, 4), (x * 2.0).view(-1, 2, 3, 4)
+    logits = torch.matmul(query, key.transpose(2, 3))
+    mixed = torch.matmul(logits.transpose(2, 3), query)
+    return logits, torch.mm(mixed.reshape(-1, 4), weight).view(-1, 2, 3, 5)
+
+
+def test_lowered_products_equal_eager(tmp_path: Path) -> None:
+    """Both kernels, a transposed factor on either side, a batch known at run time."""
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(4, 5, generator=generator)
+    method = MethodToLower(
+        function=products,
+        example_inputs=(torch.ones(7, 24), torch.ones(4, 5)),
+        dynamic_shapes=({0: Dim("batch", min=1, max=9)}, None),
+    )
+    program = tmp_path / "products.pte"
+    program.write_bytes(lower({"products": method}, progress=lambda _: None))
+    loaded = LoadedProgram(program, ("products",))
+    for batch in (1, 4, 9):
+        x = torch.randn(batch, 24, generator=generator)
+        for found, expected in zip(
+            loaded.call("products", (x, weight)), products(x, weight), strict=True
+        ):
+            torch.testing.assert_close(found, expected)
+
+
 def test_linear_moves_before_the_view_that_flattens_for_it() -> None:
     """linear(view(x)) becomes view(linear(x)), on a graph that still has its linear."""
     x = torch.arange(24.0).view(4, 6) / 10
-    program = flat_program(flattened_product, x)
+    program = flat_program(flattened_linear, x)
     passes.products_to_linear(program.graph)
-    assert passes.linear_before_view(program.graph) == 1
+    assert passes.products_before_view(program.graph) == 1
     program.graph.lint()
     program.graph_module.recompile()
     linear = next(n for n in program.graph.nodes if n.target is aten.linear.default)
     assert linear.meta["val"].shape == (2, 2, 3)
-    assert torch.equal(program.module()(x), flattened_product(x))
+    assert torch.equal(program.module()(x), flattened_linear(x))
 
 
 def test_size_known_at_run_time_is_inferred() -> None:

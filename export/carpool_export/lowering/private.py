@@ -17,11 +17,26 @@ from executorch.backends.xnnpack._passes import (
     XNNPACKPassManager,
     XNNPACKRemoveCloneOpsTransform,
 )
+from executorch.backends.xnnpack.operators.node_visitor import (
+    NodeVisitor,
+    register_node_visitor,
+)
 from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
 from executorch.backends.xnnpack.partition.config.gemm_configs import GEMMConfig, LinearConfig
 from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+from executorch.backends.xnnpack.serialization.xnnpack_graph_schema import (
+    XNNBatchMatrixMultiply,
+    XNNFullyConnected,
+    XNNGraph,
+    XNode,
+)
 from executorch.backends.xnnpack.utils.utils import is_param_node
+from executorch.backends.xnnpack.utils.xnnpack_constants import (
+    XNN_FLAG_TRANSPOSE_B,
+    XNN_FLAG_TRANSPOSE_WEIGHTS,
+    XNN_INVALID_VALUE_ID,
+)
 from executorch.exir import EdgeCompileConfig
 from executorch.exir.passes.memory_format_ops_pass import DimOrderOpsRevertPass
 from torch import Tensor
@@ -33,12 +48,20 @@ NAMES: tuple[tuple[str, str], ...] = (
     ("executorch.backends.xnnpack.xnnpack_preprocess", "XNNPACKPassManager"),
     ("executorch.backends.xnnpack._passes", "XNNPACKPassManager.transform"),
     ("executorch.backends.xnnpack._passes", "XNNPACKRemoveCloneOpsTransform"),
+    ("executorch.backends.xnnpack.operators.node_visitor", "NodeVisitor"),
+    ("executorch.backends.xnnpack.operators.node_visitor", "register_node_visitor"),
     ("executorch.backends.xnnpack.partition.config", "ALL_PARTITIONER_CONFIGS"),
     ("executorch.backends.xnnpack.partition.config.gemm_configs", "GEMMConfig._get_weight_deps"),
     ("executorch.backends.xnnpack.partition.config.gemm_configs", "LinearConfig._get_weight_deps"),
     ("executorch.backends.xnnpack.partition.config.gemm_configs", "LinearConfig._get_bias_deps"),
     ("executorch.backends.xnnpack.partition.config.xnnpack_config", "ConfigPrecisionType.FP32"),
+    ("executorch.backends.xnnpack.serialization.xnnpack_graph_schema", "XNNBatchMatrixMultiply"),
+    ("executorch.backends.xnnpack.serialization.xnnpack_graph_schema", "XNNFullyConnected"),
+    ("executorch.backends.xnnpack.serialization.xnnpack_graph_schema", "XNode"),
     ("executorch.backends.xnnpack.utils.utils", "is_param_node"),
+    ("executorch.backends.xnnpack.utils.xnnpack_constants", "XNN_FLAG_TRANSPOSE_B"),
+    ("executorch.backends.xnnpack.utils.xnnpack_constants", "XNN_FLAG_TRANSPOSE_WEIGHTS"),
+    ("executorch.backends.xnnpack.utils.xnnpack_constants", "XNN_INVALID_VALUE_ID"),
     ("executorch.exir.passes.memory_format_ops_pass", "DimOrderOpsRevertPass"),
     ("torch.fx.config", "do_not_emit_stack_traces"),
     ("torch.fx.experimental.proxy_tensor", "make_fx"),
@@ -110,8 +133,8 @@ class _RuntimeWeightLinear(_RuntimeWeight, LinearConfig):  # type: ignore[misc] 
         return frozen
 
 
-class _RuntimeWeightMatmul(_RuntimeWeight, GEMMConfig):  # type: ignore[misc]  # no types
-    """``mm`` whose second factor may be computed; the stock set has no ``mm`` at all."""
+class _Matmul(_RuntimeWeight, GEMMConfig):  # type: ignore[misc]  # no types
+    """``mm``, which the stock set does not have."""
 
     target_name = "mm.default"
 
@@ -121,6 +144,42 @@ class _RuntimeWeightMatmul(_RuntimeWeight, GEMMConfig):  # type: ignore[misc]  #
     def supported_precision_types(self) -> list[ConfigPrecisionType]:
         """Float32 alone."""
         return [ConfigPrecisionType.FP32]
+
+
+class _Product(_Matmul):
+    """``carpool::product``."""
+
+    target_name = "product.default"
+
+
+@register_node_visitor
+class _ProductVisitor(NodeVisitor):  # type: ignore[misc]  # executorch has no types
+    """By a matrix: XNNPACK's fully connected kernel; by several: its batched product."""
+
+    target = "carpool.product.default"
+
+    def define_node(
+        self, node: Node, xnn_graph: XNNGraph, vals_to_ids: dict[Node, int], debug_handle: int
+    ) -> None:
+        """Adds the node to XNNPACK's graph."""
+        self.define_nodes_tensor_inputs_outputs(node, xnn_graph, vals_to_ids)
+        operands: Any = node.args  # fx types them as nearly anything
+        left, right, transpose_right = operands
+        identities = {"input1_id": vals_to_ids[left], "output_id": vals_to_ids[node]}
+        if right.meta["val"].dim() == 2:  # noqa: PLR2004  a matrix
+            call: Any = XNNFullyConnected(
+                **identities,
+                filter_id=vals_to_ids[right],
+                bias_id=XNN_INVALID_VALUE_ID,
+                flags=0 if transpose_right else XNN_FLAG_TRANSPOSE_WEIGHTS,
+            )
+        else:
+            call = XNNBatchMatrixMultiply(
+                **identities,
+                input2_id=vals_to_ids[right],
+                flags=XNN_FLAG_TRANSPOSE_B if transpose_right else 0,
+            )
+        xnn_graph.xnodes.append(XNode(xnode_union=call, debug_handle=debug_handle))
 
 
 class _KeepsEveryLinear(XnnpackPartitioner):  # type: ignore[misc]  # executorch has no types
@@ -138,7 +197,7 @@ def partitioner() -> XnnpackPartitioner:
     """XNNPACK with every stock operator, and products by values that are not constants."""
     replaced = ("linear.default", "addmm.default", "mm.default")
     stock = [config for config in ALL_PARTITIONER_CONFIGS if config.target_name not in replaced]
-    return _KeepsEveryLinear(configs=[*stock, _RuntimeWeightLinear, _RuntimeWeightMatmul])
+    return _KeepsEveryLinear(configs=[*stock, _RuntimeWeightLinear, _Matmul, _Product])
 
 
 class _FewPasses(XNNPACKPassManager):  # type: ignore[misc]  # executorch has no types
