@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from carpool.bundle import Bundle
+from carpool_device.runtime import use_threads
 from carpool_export.model import load_model
 from carpool_export.parity import random_batch, random_theta
 from carpool_export.reference import Reference
@@ -68,6 +69,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    use_threads(options.threads)  # ExecuTorch's
 
     bundle = Bundle.open(options.bundle)
     source = open_source(options.model)

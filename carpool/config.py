@@ -120,7 +120,7 @@ class RunConfig(Model):
     """
 
     rounds: PositiveInt
-    seed: Annotated[int, Field(ge=0)]
+    seed: Annotated[int, Field(ge=0, lt=2**53)]  # what JSON numbers carry exactly
     privacy: PrivacyConfig
     cohort: CohortConfig
     local: LocalRecipe

@@ -3,6 +3,7 @@
 CarpoolError                     what the command line prints in one line and exits with 2
 ├── BundleError                  a bundle's file is missing, changed, truncated or of another schema
 ├── ThetaError                   a theta of another layout, bundle or length
+├── FolderError                  a path where a folder was to be made, and cannot be
 ├── CorpusError                  documents or examples that cannot be used; names file and line
 ├── ConfigError                  a setting that is unknown, out of range or changed on resume
 ├── ExportError                  a model that is refused before any work, or cannot be lowered
@@ -58,6 +59,10 @@ class BundleError(CarpoolError):
 
 class ThetaError(CarpoolError):
     """A theta that does not belong to the layout or bundle it was offered to."""
+
+
+class FolderError(CarpoolError):
+    """A folder that cannot be made."""
 
 
 class CorpusError(CarpoolError):

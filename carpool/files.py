@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import tempfile
 from pathlib import Path
+
+from carpool.errors import FolderError
 
 _CHUNK_BYTES = 1 << 20
 
@@ -28,6 +31,20 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(path: Path) -> None:
+    """Makes a folder and its parents where they are missing.
+
+    Raises:
+        FolderError: it cannot be; names the path and the reason.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FolderError(
+            f"{path}: expected a folder, or a place where one can be made, got: {error.strerror}."
+        ) from error
+
+
 def write_atomically(path: Path, data: bytes, *, private: bool = False) -> None:
     """Replaces ``path`` by ``data``; a reader or a crash sees the old bytes or the new ones.
 
@@ -47,9 +64,17 @@ def write_atomically(path: Path, data: bytes, *, private: bool = False) -> None:
             file.flush()
             os.fsync(file.fileno())
         if not private:
-            temporary.chmod(0o644)
+            temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+
+
+@functools.cache
+def _umask() -> int:
+    """The process's mask, which can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +16,7 @@ from carpool.bundle.manifest import SCHEMA_VERSION, Manifest
 from carpool.data.corpus import Document, read_documents
 from carpool.errors import BundleError
 from carpool.files import sha256_of_file
-from carpool.schema import describe
+from carpool.schema import describe, without_twins
 from carpool.theta import read_theta
 
 MANIFEST_NAME = "manifest.json"
@@ -136,7 +135,7 @@ def read_arrays(path: Path) -> dict[str, NDArray[np.generic]]:
 
 def _read_manifest(path: Path) -> Manifest:
     try:
-        raw = json.loads(path.read_bytes(), object_pairs_hook=_without_twins)
+        raw = json.loads(path.read_bytes(), object_pairs_hook=without_twins)
     except FileNotFoundError as error:
         raise BundleError(
             f"{path.parent}: expected a bundle with a {path.name}, found none. "
@@ -159,16 +158,6 @@ def _read_manifest(path: Path) -> Manifest:
             f"{path}: expected layout id {manifest.layout.id}, got {manifest.layout_id}."
         )
     return manifest
-
-
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; a key that stands twice would read differently in other languages."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twin = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twin!r} twice in one object")
-    return found
 
 
 def _check_file(path: Path, *, expected_bytes: int, expected_sha256: str) -> None:

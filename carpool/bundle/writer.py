@@ -14,7 +14,7 @@ from typing import Any
 from carpool.bundle.manifest import FileEntry, Manifest
 from carpool.bundle.reader import MANIFEST_NAME, Bundle
 from carpool.errors import BundleError
-from carpool.files import sha256_of_file, sync_directory
+from carpool.files import make_folder, sha256_of_file, sync_directory
 
 
 @contextmanager
@@ -23,13 +23,14 @@ def staging_folder(destination: Path) -> Iterator[Path]:
 
     Raises:
         BundleError: ``destination`` is there already.
+        FolderError: its parent cannot be made.
     """
     if destination.exists():
         raise BundleError(
             f"{destination}: expected a path where nothing is yet. "
             "Choose another, or remove it first."
         )
-    destination.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(destination.parent)
     folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
     try:
         yield folder

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, ValidationError
 
 from carpool.errors import CorpusError
 from carpool.files import write_atomically
-from carpool.schema import Model, describe
+from carpool.schema import Model, describe, without_twins
 
 
 def _refuse_blank(text: str) -> str:
@@ -107,7 +107,8 @@ def _read_lines(path: Path, record: type[_Record]) -> Iterator[tuple[int, _Recor
                 if not line.strip():
                     continue
                 try:
-                    yield number, record.model_validate_json(line.decode())
+                    parsed = record.model_validate_json(line.decode())
+                    json.loads(line, object_pairs_hook=without_twins)
                 except UnicodeDecodeError as error:
                     raise CorpusError(
                         f"{path}:{number}: expected UTF-8, got byte 0x{line[error.start]:02x} as "
@@ -117,5 +118,8 @@ def _read_lines(path: Path, record: type[_Record]) -> Iterator[tuple[int, _Recor
                     reason = describe(error, record).replace("\n", "; ")
                     reason = reason.replace(" at line 1 column ", " at column ")
                     raise CorpusError(f"{path}:{number}: {reason}") from error
+                except ValueError as error:
+                    raise CorpusError(f"{path}:{number}: expected JSON, got {error}.") from error
+                yield number, parsed
     except OSError as error:
         raise CorpusError(f"{path}: expected a JSON-lines file, got: {error.strerror}.") from error

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError
 
 from carpool.data.corpus import Document, Example, read_documents, read_examples, write_lines
 from carpool.errors import CorpusError
-from carpool.files import write_atomically
+from carpool.files import make_folder, write_atomically
 from carpool.randomness import shuffled, words
 from carpool.schema import Model, describe
 
@@ -126,7 +126,7 @@ def write_dataset(
     folder: Path, *, documents: list[Document], examples: list[Example], split: Split
 ) -> None:
     """Writes the three files of a data set; ``Dataset.open`` reads them back."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_lines(folder / DOCUMENTS_NAME, documents)
     write_lines(folder / EXAMPLES_NAME, examples)
     text = json.dumps(split.model_dump(mode="json"), indent=1, ensure_ascii=False)

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from carpool.data.corpus import Document, Example
 from carpool.data.dataset import SplitName, group_by_client, split_clients, write_dataset
-from carpool.files import write_atomically
+from carpool.files import make_folder, write_atomically
 from carpool.schema import Model
 
 SUMMARY_NAME = "summary.json"
@@ -96,6 +96,10 @@ def write_folder(
         },
         shared_texts=sum(len(clients) > 1 for clients in holders.values()),
     )
+    make_folder(folder)
+    # an earlier set's: without its summary a folder is no data set
+    (folder / SUMMARY_NAME).unlink(missing_ok=True)
+    (folder / NOTICE_NAME).unlink(missing_ok=True)
     write_dataset(folder, documents=documents, examples=examples, split=split)
     if notice is not None:
         write_atomically(folder / NOTICE_NAME, notice.encode())

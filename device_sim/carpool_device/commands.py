@@ -17,7 +17,7 @@ from carpool.bundle import Bundle
 from carpool.console import result_console
 from carpool.data.dataset import Dataset
 from carpool.errors import ConfigError
-from carpool.files import sha256_of_file, write_atomically
+from carpool.files import make_folder, sha256_of_file, write_atomically
 from carpool.progress import progress
 
 # The runtime takes seconds to import, so each command does it itself, when it is run.
@@ -138,6 +138,8 @@ def evaluate(
             style="yellow",
         )
     opened = Bundle.open(bundle)
+    if out is not None:
+        make_folder(out)
     files = _named_files(theta or [], taken=(BM25, ZERO_SHOT))
     thetas = {ZERO_SHOT: opened.initial_theta()}
     thetas |= {name: opened.read_theta(path) for name, path in files.items()}
@@ -165,7 +167,6 @@ def evaluate(
     title = f"{result.queries} queries of {result.clients} {split} clients"
     console.print(as_table(result.systems, result.against_zero_shot, title=title))
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
         path = out / EVALUATION_NAME
         write_atomically(path, (result.model_dump_json(indent=2) + "\n").encode())
         errors.print(f"Wrote {path}", soft_wrap=True, highlight=False, markup=False)

@@ -98,8 +98,8 @@ def make_client_app(sources: Sources | None = None) -> ClientApp:
 def contribute(task: RoundTask, devices: Farm, *, device_ids: frozenset[str]) -> Contribution:
     """Trains the devices that the task asks for and adds up their clipped updates.
 
-    A device that cannot train is refused with its reason, and the others go on; the whole
-    message goes to this side's log.
+    A device that cannot train is refused with its reason, and the others go on; in mode
+    ``none`` the whole message goes to this side's log.
 
     Args:
         task: what is asked.
@@ -137,7 +137,8 @@ def contribute(task: RoundTask, devices: Farm, *, device_ids: frozenset[str]) ->
             )
             clipped = clip_to_grid(local.update, clip_norm=header.clip_norm, device_id=device_id)
         except (DeviceError, UpdateRejected) as error:
-            _log.warning("round %d: %s", header.round_number, error)
+            if header.report_loss:  # in a private mode nobody is told who is in a cohort
+                _log.warning("round %d: %s", header.round_number, error)
             refused[device_id] = error.reason
             continue
         total.add(clipped, count=1)

@@ -16,7 +16,8 @@ from carpool.config import RunConfig
 from carpool.data.attack import write_attack
 from carpool.data.dataset import DOCUMENTS_NAME
 from carpool.data.folder import DEFAULT_SEED, SUMMARY_NAME
-from carpool.files import write_atomically
+from carpool.errors import ConfigError
+from carpool.files import make_folder, write_atomically
 from carpool.progress import progress, stages
 from carpool_device.evaluation.report import BM25, ZERO_SHOT
 from carpool_export.exporter import STAGES, ExportSettings, export_bundle
@@ -48,6 +49,9 @@ COMPARISONS = (
 )
 
 
+_BUDGET = ("privacy.epsilon", "privacy.delta")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlannedRun:
     """One federated run of the demo: its folder and its settings."""
@@ -61,13 +65,14 @@ def plan(preset: str, *, overrides: tuple[str, ...] = ()) -> dict[str, PlannedRu
 
     Args:
         preset: whose packaged settings to take.
-        overrides: ``"key=value"`` for all runs.
+        overrides: ``"key=value"`` for all runs; a budget's for the private one alone.
 
     Raises:
         ConfigError: an override that does not fit.
     """
-    plain = packaged_settings(preset, overrides=overrides)
-    head_only = packaged_settings(preset, overrides=(*overrides, 'local.train=["head"]'))
+    common = tuple(text for text in overrides if not text.startswith(_BUDGET))
+    plain = packaged_settings(preset, overrides=common)
+    head_only = packaged_settings(preset, overrides=(*common, 'local.train=["head"]'))
     private = packaged_settings(f"{preset}-central", overrides=overrides)
     return {
         HEAD_ONLY: PlannedRun(folder="head-only", config=head_only),
@@ -95,7 +100,7 @@ def run_demo(
         CarpoolError: whatever a step refuses; the steps before it stay done.
     """
     runs = plan(preset, overrides=overrides)  # refuses a mistake before any work
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     data, bundle_path = out / "data", out / "bundle"
     total = len(runs) + 3
 
@@ -109,6 +114,11 @@ def run_demo(
     if not bundle_path.exists():
         _export(data / DOCUMENTS_NAME, bundle_path, preset=preset)
     bundle = Bundle.open(bundle_path)
+    if bundle.manifest.preset != preset:
+        raise ConfigError(
+            f"{bundle_path}: expected a bundle of preset {preset}, got one of "
+            f"{bundle.manifest.preset}. Choose another folder for the demo."
+        )
 
     for number, (name, planned) in enumerate(runs.items(), start=3):
         folder = out / planned.folder

@@ -57,7 +57,12 @@ def export(
     """
     # Imported here: torch and transformers take seconds, and --help must not.
     _quieten()
-    from carpool_export.exporter import STAGES, ExportSettings, export_bundle  # noqa: PLC0415
+    from carpool_export.exporter import (  # noqa: PLC0415
+        STAGES,
+        ExportSettings,
+        export_bundle,
+        read_notice,
+    )
 
     settings = ExportSettings(
         preset=preset,
@@ -67,7 +72,7 @@ def export(
         max_length=max_length,
         scales=dict(_parse_scale(text) for text in scale or []),
         licence=model_licence,
-        notices=tuple(_read_notice(path) for path in notice or []),
+        notices=tuple(read_notice(path) for path in notice or []),
     )
     with stages(f"export {preset}", total=len(STAGES)) as announce:
         bundle = export_bundle(model, documents, out, settings, announce=announce)
@@ -115,10 +120,3 @@ def _parse_scale(text: str) -> tuple[str, float]:
         raise ExportError(
             f"--scale: expected SEGMENT=NUMBER, for example adapter.bias=0.1, got {text!r}."
         ) from error
-
-
-def _read_notice(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ExportError(f"--notice {path}: expected a text file, got: {error}") from error

@@ -194,6 +194,18 @@ def methods_to_lower(
     }
 
 
+def read_notice(path: Path) -> str:
+    """A notice's text.
+
+    Raises:
+        ExportError: it is no text file.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ExportError(f"notice {path}: expected a text file, got: {error}") from error
+
+
 def _example_size(bound: int, taken: set[int]) -> int:
     """A size up to the bound that the tracer cannot mistake for another: equal ones are tied."""
     for size in range(bound, 1, -1):
@@ -231,7 +243,7 @@ def _licences(
     beside = documents_path.parent / "NOTICE"
     notices = settings.notices
     if not notices and beside.is_file():
-        notices = (beside.read_text(encoding="utf-8"),)
+        notices = (read_notice(beside),)
     model = schema.Licence(
         applies_to=f"{source.name} (weights in program.pte; tokenizer.json)",
         licence=licence,

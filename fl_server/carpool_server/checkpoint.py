@@ -22,10 +22,11 @@ from safetensors.numpy import save
 
 from carpool.config import RunConfig, changed_settings
 from carpool.errors import CheckpointError, ConfigError
-from carpool.files import write_atomically
+from carpool.files import make_folder, write_atomically
 from carpool.schema import Model, Sha256, describe
-from carpool.theta import Layout, write_theta
+from carpool.theta import Layout, read_theta, write_theta
 from carpool_server.hooks import RoundRecord
+from carpool_server.ledger import LEDGER_NAME
 from carpool_server.optimizers import State
 
 CHECKPOINT_VERSION: Literal[1] = 1
@@ -176,7 +177,7 @@ class RunFolder:
     ) -> None:
         self.path = path
         self._keep_every = keep_every
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
         self._lock = _locked(path / LOCK_NAME)
         try:
             self.state = self._found(resume=resume)
@@ -198,12 +199,23 @@ class RunFolder:
         self.state = state
 
     def release(self, state: RunState, *, layout: Layout) -> Path | None:
-        """Writes the round's released theta where it is kept and not there yet."""
+        """Writes the round's released theta where it is kept and not there yet.
+
+        Raises:
+            CheckpointError: another theta is there under the round's name.
+        """
         info = state.info
         if info.round_number % self._keep_every and not info.finished:
             return None
         path = self.release_path(info.round_number)
-        if not path.exists():
+        if path.exists():
+            found = read_theta(path, layout=layout, bundle_id=info.bundle_id)
+            if not np.array_equal(found, state.theta):
+                raise CheckpointError(
+                    f"{path}: expected this run's theta of round {info.round_number}, got another "
+                    "one. Start a new run in another folder."
+                )
+        else:
             write_theta(
                 path,
                 state.theta,
@@ -229,7 +241,30 @@ class RunFolder:
                 f"{self.path}: expected a run to resume, found no {CHECKPOINT_NAME}. "
                 "Leave out --resume to start one."
             )
-        return read_checkpoint(path) if resume else None
+        if resume:
+            state = read_checkpoint(path)
+            number = state.info.round_number
+            later = [name for name in self._released() if name > release_name(number)]
+            if later:
+                raise CheckpointError(
+                    f"{self.path}: expected no release after round {number}, the "
+                    f"checkpoint's, found {later[-1]}. Restore the newest checkpoint, or start a "
+                    "new run in another folder."
+                )
+            return state
+        left = self._released()
+        if (self.path / LEDGER_NAME).exists():
+            left.append(LEDGER_NAME)
+        if left:
+            raise CheckpointError(
+                f"{self.path}: expected a folder without a run, found {left[0]}, which an earlier "
+                "one left. Choose another folder."
+            )
+        return None
+
+    def _released(self) -> list[str]:
+        """The names of the released thetas, by round."""
+        return sorted(path.name for path in self.path.glob("theta-round-*.safetensors"))
 
 
 def _check_same(

@@ -127,7 +127,7 @@ def run_rounds(grid: Grid, job: Job, folder: RunFolder) -> RunResult:
         if ledger is not None:
             stack.callback(ledger.close)
         if state.info.round_number:
-            _release(job, folder, state, refused={})
+            _release(job, folder, state, ledger, refused={})
         for number in range(state.info.round_number + 1, job.config.rounds + 1):
             state = _run_round(
                 number,
@@ -146,11 +146,16 @@ def finished(job: Job, folder: RunFolder) -> RunResult:
 
     Raises:
         CheckpointError: the run is not over.
+        PrivacyError: its ledger is not the run's.
     """
     state = folder.state
     if state is None or not state.info.finished:
         raise CheckpointError(f"{folder.path}: expected a finished run.")
-    _release(job, folder, state, refused={})
+    with ExitStack() as stack:
+        ledger = _open_ledger(job, state.info, folder)
+        if ledger is not None:
+            stack.callback(ledger.close)
+        _release(job, folder, state, ledger, refused={})
     return _result(folder, state, already_finished=True)
 
 
@@ -184,12 +189,15 @@ def _run_round(
     # the denominator is fixed: it tells nothing about who was there
     unit = grid_step(config.privacy.clip_norm) / config.cohort.expected_size
     mean = (total + noise).astype(np.float64) * unit
-    theta, optimizer = make_optimizer(config.server).step(
-        state.theta,
-        mean,
-        state.optimizer,
-        rate=rate_at(number, rounds=config.rounds, config=config.server),
-    )
+    with np.errstate(over="ignore", invalid="ignore"):  # what comes out is looked at
+        theta, optimizer = make_optimizer(config.server).step(
+            state.theta,
+            mean,
+            state.optimizer,
+            rate=rate_at(number, rounds=config.rounds, config=config.server),
+        )
+    # before the checkpoint: one that is durable can be resumed
+    job.layout.check(theta, source=f"round {number}: theta after the server's step")
     job.audit.reached(number, "stepped")
 
     seconds = time.monotonic() - start
@@ -198,13 +206,22 @@ def _run_round(
     state = RunState(info=new_info, theta=theta, optimizer=optimizer)
     folder.write(state)
     job.audit.reached(number, "checkpointed")
-    _release(job, folder, state, refused=gathered.refused if ledger is None else {})
+    _release(job, folder, state, ledger, refused=gathered.refused if ledger is None else {})
     return state
 
 
-def _release(job: Job, folder: RunFolder, state: RunState, *, refused: dict[str, Refusal]) -> None:
+def _release(
+    job: Job,
+    folder: RunFolder,
+    state: RunState,
+    ledger: Ledger | None,
+    *,
+    refused: dict[str, Refusal],
+) -> None:
     """Makes a checkpointed round known. May be done again: the files are there or made."""
     number = state.info.round_number
+    if ledger is not None:
+        ledger.mark_released(number)
     folder.release(state, layout=job.layout)
     job.audit.reached(number, "released")
     theta = state.theta.copy()
@@ -257,26 +274,24 @@ def _charge(number: int, info: RunInfo) -> Charge:
 def _record(
     number: int, seconds: float, gathered: Gathered, *, drawn: int, epsilon: float | None
 ) -> RoundRecord:
-    record = RoundRecord(
-        round_number=number,
-        seconds=seconds,
-        bytes_down=gathered.bytes_down,
-        bytes_up=gathered.bytes_up,
-        extensions=gathered.extensions,
-        epsilon=epsilon,
-    )
-    if epsilon is not None:
-        return record
-    count = gathered.total.count
-    return record.model_copy(
-        update={
+    told: dict[str, object] = {
+        "round_number": number,
+        "seconds": seconds,
+        "extensions": gathered.extensions,
+        "epsilon": epsilon,
+    }
+    if epsilon is None:
+        count = gathered.total.count
+        told |= {
+            "bytes_down": gathered.bytes_down,
+            "bytes_up": gathered.bytes_up,
             "drawn": drawn,
             "count": count,
             "refused": len(gathered.refused),
             "rejected": tuple(gathered.rejected),
             "mean_loss": gathered.loss_sum / count if count else None,
         }
-    )
+    return RoundRecord.model_validate(told)
 
 
 def _first_state(job: Job, owners: Owners, data_id: str | None) -> RunState:

@@ -45,6 +45,9 @@ def serve(grid: Grid, context: Context) -> None:
         raise ConfigError(
             f"expected the run config's {', '.join(missing)} to be given; use --run-config."
         )
+    resume = context.run_config.get("resume", False)
+    if not isinstance(resume, bool):
+        raise ConfigError(f"expected the run config's resume to be true or false, got {resume!r}.")
     config = load_config(Path(values["settings"]))
     bundle = Bundle.open(Path(values["bundle"]))
     job = Job(
@@ -59,7 +62,7 @@ def serve(grid: Grid, context: Context) -> None:
         config=config,
         bundle_id=bundle.id,
         data_id=None,
-        resume=bool(context.run_config.get("resume", False)),
+        resume=resume,
     )
     with closing(folder):
         run_rounds(grid, job, folder)

@@ -19,7 +19,8 @@ class RoundRecord(Model):
     """A round's numbers, as the checkpoint and the report keep them.
 
     In mode ``central`` whatever would tell something exact about the cohort is None: how many
-    were drawn, took part or were refused, the aggregators that were refused, and the loss.
+    were drawn, took part or were refused, the aggregators that were refused, the bytes (they
+    hold the cohort's names), and the loss.
 
     Attributes:
         round_number: 1 or more.
@@ -37,8 +38,8 @@ class RoundRecord(Model):
 
     round_number: Annotated[int, Field(ge=1)]
     seconds: Annotated[float, Field(ge=0)]
-    bytes_down: Count
-    bytes_up: Count
+    bytes_down: Count | None = None
+    bytes_up: Count | None = None
     extensions: Count
     drawn: Count | None = None
     count: Count | None = None

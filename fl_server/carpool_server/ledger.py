@@ -13,7 +13,7 @@ from carpool_server.privacy import epsilon_spent
 
 LEDGER_NAME = "ledger.sqlite"
 
-_SCHEMA = """
+_CHARGES = """
 CREATE TABLE IF NOT EXISTS charges (
     round INTEGER PRIMARY KEY,
     run_id TEXT NOT NULL,
@@ -25,6 +25,8 @@ CREATE TABLE IF NOT EXISTS charges (
     charged_at TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ', 'now'))
 ) STRICT
 """
+
+_RELEASES = "CREATE TABLE IF NOT EXISTS releases (round INTEGER PRIMARY KEY) STRICT"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,8 +67,10 @@ class Ledger:
         self._connection = sqlite3.connect(path, isolation_level=None)
         try:
             self._connection.execute("PRAGMA journal_mode = DELETE")
-            self._connection.execute("PRAGMA synchronous = FULL")
-            self._connection.execute(_SCHEMA)
+            # EXTRA: the journal's removal is durable too, else it could come back and undo a charge
+            self._connection.execute("PRAGMA synchronous = EXTRA")
+            self._connection.execute(_CHARGES)
+            self._connection.execute(_RELEASES)
             owners = [row[0] for row in self._rows("SELECT DISTINCT run_id FROM charges")]
         except sqlite3.DatabaseError as error:
             self.close()
@@ -123,24 +127,33 @@ class Ledger:
                     f"{epsilon:.3f} at delta {self._delta:g}; the budget is {self._epsilon:g}. "
                     "Nothing was released."
                 )
-            with self._connection:
-                self._connection.execute(
-                    "INSERT INTO charges (round, run_id, noise_multiplier, sampling_rate, "
-                    "clip_norm, delta, epsilon_after) VALUES (?, ?, ?, ?, ?, ?, ?)",
-                    (
-                        charge.round_number,
-                        self._run_id,
-                        charge.noise_multiplier,
-                        charge.sampling_rate,
-                        charge.clip_norm,
-                        self._delta,
-                        epsilon,
-                    ),
-                )
+            self._connection.execute(
+                "INSERT INTO charges (round, run_id, noise_multiplier, sampling_rate, "
+                "clip_norm, delta, epsilon_after) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (
+                    charge.round_number,
+                    self._run_id,
+                    charge.noise_multiplier,
+                    charge.sampling_rate,
+                    charge.clip_norm,
+                    self._delta,
+                    epsilon,
+                ),
+            )
         return epsilon
 
+    def mark_released(self, round_number: int) -> None:
+        """Writes, durably, that a round leaves now; again changes nothing.
+
+        So a checkpoint from before it, put back, cannot release the round a second time with
+        other noise under one charge.
+        """
+        self._connection.execute(
+            "INSERT OR IGNORE INTO releases (round) VALUES (?)", (round_number,)
+        )
+
     def check_covers(self, round_number: int) -> None:
-        """Refuses to go on where released rounds are missing from the ledger.
+        """Refuses to go on where released rounds are missing from ledger or checkpoint.
 
         Raises:
             PrivacyError: names what was expected and found.
@@ -152,6 +165,13 @@ class Ledger:
                 f"{self._path}: expected a charge for every round up to {round_number}, the "
                 f"checkpoint's, and at most one more, got charges for {rounds}. Restore the "
                 "ledger that belongs to this run."
+            )
+        ((released,),) = self._rows("SELECT MAX(round) FROM releases")
+        if released is not None and released > round_number:
+            raise PrivacyError(
+                f"{self._path}: expected no release after round {round_number}, the checkpoint's, "
+                f"got one of round {released}. Released again it would have other noise and cost "
+                "twice; restore the newest checkpoint."
             )
 
     def _rows(self, query: str) -> list[tuple[Any, ...]]:

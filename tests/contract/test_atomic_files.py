@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from carpool.files import sha256_of_file, write_atomically
+from carpool.errors import FolderError
+from carpool.files import make_folder, sha256_of_file, write_atomically
 
 WRITER = """
 import sys
@@ -48,6 +49,35 @@ def test_kill_9_never_leaves_half_a_file(tmp_path: Path) -> None:
         content = path.read_bytes()
         assert content in whole
         path.unlink()
+
+
+def test_the_usual_mask_applies(tmp_path: Path) -> None:
+    """Whoever sets it to 077 gets files for themselves alone."""
+    script = (
+        "import os, sys; from pathlib import Path; os.umask(0o077); "
+        "from carpool.files import write_atomically; write_atomically(Path(sys.argv[1]), b'x'); "
+        "print(oct(os.umask(0o022)))"
+    )
+    path = tmp_path / "file"
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(path)], check=True, capture_output=True, text=True
+    )
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert done.stdout == "0o77\n"
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    """A file in its place, or in its parent's."""
+    (tmp_path / "file").write_bytes(b"")
+    for path in (tmp_path / "file", tmp_path / "file" / "inside"):
+        with pytest.raises(FolderError) as caught:
+            make_folder(path)
+        assert str(caught.value).startswith(
+            f"{path}: expected a folder, or a place where one can be made, got: "
+        )
+    make_folder(tmp_path / "a" / "b")
+    make_folder(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
 
 
 def test_the_new_content_is_there_on_return(tmp_path: Path) -> None:

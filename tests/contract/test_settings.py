@@ -118,6 +118,7 @@ def test_a_setting_that_cannot_be_is_refused(path: Path, override: str, reason: 
 
 def test_every_mistake_is_named_at_once(path: Path) -> None:
     """One line each."""
+    assert "seed: Input should be less than" in refusal(path, f"seed={2**53}")
     assert refusal(path, "rounds=0", "seed=-1").splitlines() == [
         f"{path}: rounds: Input should be greater than 0, got 0",
         "seed: Input should be greater than or equal to 0, got -1",

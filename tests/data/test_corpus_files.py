@@ -65,6 +65,10 @@ def refused_documents(path: Path) -> str:
             b'{"client": "a", "query": "\xff", "document": "d"}',
             "expected UTF-8, got byte 0xff as the line's byte 27.",
         ),
+        (
+            b'{"client": "a", "query": "q", "query": "r", "document": "d"}',
+            "expected JSON, got the key 'query' twice in one object.",
+        ),
         (b"[]", "value: Input should be an object, got []"),
         (b'"text"', "value: Input should be an object, got 'text'"),
     ],

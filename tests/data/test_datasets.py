@@ -177,6 +177,27 @@ def test_import_splits_and_keeps_everything(
     }
 
 
+def test_import_leaves_no_notice_of_an_earlier_set(
+    tmp_path: Path, run: Run, corpus: tuple[Path, Path]
+) -> None:
+    """It would become the licence of other documents."""
+    out = tmp_path / "set"
+    out.mkdir()
+    (out / "NOTICE").write_text("of another set")
+    code, _, _ = run("data", "import", out, "--documents", corpus[0], "--examples", corpus[1])
+    assert code == 0
+    assert not (out / "NOTICE").exists()
+
+
+def test_import_into_a_file_is_refused(tmp_path: Path, run: Run, corpus: tuple[Path, Path]) -> None:
+    """In one line."""
+    out = tmp_path / "file"
+    out.write_bytes(b"")
+    code, _, stderr = run("data", "import", out, "--documents", corpus[0], "--examples", corpus[1])
+    assert code == 2
+    assert f"{out}: expected a folder, or a place where one can be made, got: " in stderr
+
+
 def test_import_counts_texts_of_more_than_one_client(
     tmp_path: Path, run: Run, corpus: tuple[Path, Path]
 ) -> None:

@@ -250,7 +250,7 @@ def test_destination_that_exists_is_left_alone(tiny_model: Path, tiny_documents:
         (
             ["--notice", "missing.txt"],
             (
-                "--notice missing.txt: expected a text file, got: "
+                "notice missing.txt: expected a text file, got: "
                 "[Errno 2] No such file or directory: 'missing.txt'"
             ),
         ),

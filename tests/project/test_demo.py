@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from carpool.errors import ConfigError
+from carpool_sim.demo import plan, run_demo
 from carpool_sim.report import Comparison, Report
 
 SHORT = ("--set", "rounds=2", "--set", "cohort.expected_size=3.0")
@@ -51,6 +53,27 @@ def test_demo_ends_in_a_report_and_goes_on_where_it_was(
     again = json.loads((out / "report.json").read_bytes())
     assert again["trainings"]["adapter + head, federated"] == json.loads(plain.model_dump_json())
     assert (out / "bundle" / "manifest.json").stat().st_mtime_ns == bundle
+
+
+def test_a_bundle_of_another_preset_is_refused(small_bundle: Path, tmp_path: Path) -> None:
+    """One preset's settings would train the other's bundle."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "summary.json").write_bytes(b"{}")
+    (tmp_path / "bundle").symlink_to(small_bundle)
+    with pytest.raises(ConfigError) as caught:
+        run_demo(tmp_path, preset="paper", say=lambda _: None)
+    assert str(caught.value) == (
+        f"{tmp_path / 'bundle'}: expected a bundle of preset paper, got one of small. Choose "
+        "another folder for the demo."
+    )
+
+
+def test_a_budget_is_the_private_runs_alone() -> None:
+    """The others have no privacy mode to spend it in."""
+    *plain, private = plan("small", overrides=("privacy.epsilon=4.0", "rounds=7")).values()
+    assert private.config.privacy.epsilon == 4.0
+    assert [run.config.privacy.mode for run in plain] == ["none", "none"]
+    assert {run.config.rounds for run in (*plain, private)} == {7}
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import stat
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from flwr.app import Error, Message
 from round_kit import RunHere, Witness, settings
 
 from carpool.config import SgdConfig
-from carpool.errors import PrivacyError, RoundFailed
+from carpool.errors import CheckpointError, PrivacyError, RoundFailed
 from carpool.protocol import RoundTask
 from carpool_server import coordinator, ledger
 from carpool_server.checkpoint import CHECKPOINT_NAME
@@ -90,6 +91,44 @@ def test_fewer_replies_change_neither_noise_nor_scale(run_here: RunHere) -> None
     assert abs(np.square(steps).mean() - 1) < 6.1 * math.sqrt(2 / steps.size)
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_checkpoint_that_was_put_back_releases_nothing_twice(
+    run_here: RunHere,
+    tmp_path: Path,
+    kept: bool,  # noqa: FBT001  a parameter of the test
+) -> None:
+    """Other noise on the same sum would be a second release under one charge."""
+    checkpoint = tmp_path / "run" / CHECKPOINT_NAME
+
+    class Saves:
+        def after_round(self, facts: RoundFacts) -> None:
+            if facts.round_number == 2:
+                (tmp_path / "old").write_bytes(checkpoint.read_bytes())
+
+    nodes = {10: FakeAggregator(fake_farm.devices(30))}
+    config = settings(mode="central")
+    run_here(nodes, config=config, hooks=[Saves()])
+    checkpoint.write_bytes((tmp_path / "old").read_bytes())
+    last = tmp_path / "run" / "theta-round-0003.safetensors"
+    before = last.read_bytes()
+    if kept:
+        expected: type[Exception] = CheckpointError
+        message = (
+            f"{last.parent}: expected no release after round 2, the checkpoint's, found "
+            f"{last.name}."
+        )
+    else:
+        last.unlink()
+        expected = PrivacyError
+        message = (
+            f"{last.parent / LEDGER_NAME}: expected no release after round 2, the "
+            "checkpoint's, got one of round 3."
+        )
+    with pytest.raises(expected, match=f"^{re.escape(message)}"):
+        run_here(nodes, config=config, resume=True)
+    assert not last.exists() or last.read_bytes() == before
+
+
 def test_nothing_exact_about_a_cohort_is_told(
     run_here: RunHere, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -118,7 +157,7 @@ def test_nothing_exact_about_a_cohort_is_told(
     assert not [name for name in (*first, *second, key) if name in told]
     for record in result.info.history:
         private = (record.drawn, record.count, record.refused, record.rejected, record.mean_loss)
-        assert private == (None,) * 5
+        assert (*private, record.bytes_down, record.bytes_up) == (None,) * 7
     assert [record.epsilon for record in result.info.history] == pytest.approx([0.1, 0.2, 0.3])
     path = tmp_path / "run" / CHECKPOINT_NAME
     assert stat.S_IMODE(path.stat().st_mode) == 0o600

@@ -121,6 +121,21 @@ LIES: dict[str, tuple[fake_farm.Lie, str]] = {
         changed(device_ids=(), count=0),
         "expected a sum of zeros from no device, got a value of {largest}.",
     ),
+    "no loss": (
+        changed(loss_sum=None),
+        (
+            "expected the training loss and the number of examples, which the task asked for, got "
+            "None and {n}."
+        ),
+    ),
+    "a loss that would overflow": (
+        changed(loss_sum=1.7e308),
+        "expected a loss of 0 to {n}e+06, of {n} devices, got 1.7e+308.",
+    ),
+    "a negative loss": (
+        changed(loss_sum=-0.5),
+        "expected a loss of 0 to {n}e+06, of {n} devices, got -0.5.",
+    ),
     "another run": (changed(run_id="other"), "expected run_id {run_id}, got other."),
     "another round": (changed(round_number=7), "expected round_number 1, got 7."),
     "another bundle": (

@@ -102,6 +102,16 @@ def test_a_device_that_cannot_train_is_refused_and_the_others_go_on(
     assert found.header.count == len(devices.examples) - 1
 
 
+def test_in_a_private_mode_no_device_is_named_in_the_log(
+    devices: Farm, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who is in a cohort is secret, and Ray keeps its workers' logs in files."""
+    task = task_for(devices, everybody(devices), report_loss=False)
+    found = contribute(task, devices, device_ids=frozenset(devices.examples))
+    assert found.header.refused == {BROKEN: "unknown-document"}
+    assert not caplog.messages
+
+
 def test_a_device_whose_update_is_not_finite_is_refused(
     devices: Farm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -239,6 +249,10 @@ def test_an_uploaded_app_without_its_folders_says_which() -> None:
     """Before anything else."""
     context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config={})
     with pytest.raises(Exception, match=r"expected the run config's bundle, out, settings"):
+        make_server_app()(LocalGrid({}), context)
+    given = {"bundle": "b", "out": "o", "settings": "s", "resume": "false"}
+    context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=given)
+    with pytest.raises(Exception, match=r"resume to be true or false, got 'false'"):
         make_server_app()(LocalGrid({}), context)
     (node,) = app_nodes(make_client_app(), parts=1).values()
 

@@ -11,7 +11,7 @@ import pytest
 from fake_farm import FakeAggregator, dealt
 from round_kit import RunHere, Witness, settings
 
-from carpool.errors import CheckpointError, ConfigError, RunStopped
+from carpool.errors import CheckpointError, ConfigError, RunStopped, ThetaError
 from carpool.theta import read_theta
 from carpool_server.checkpoint import CHECKPOINT_NAME, RunFolder, read_checkpoint
 from carpool_server.hooks import RoundFacts
@@ -123,6 +123,46 @@ def test_starting_over_a_run_needs_resume(run_here: RunHere, tmp_path: Path) -> 
         "Add --resume to go on with it, or choose another folder."
     )
     assert (tmp_path / "run" / CHECKPOINT_NAME).read_bytes() == before
+
+
+@pytest.mark.usefixtures("half_done")
+def test_what_an_earlier_run_left_is_not_taken_for_a_new_runs(
+    run_here: RunHere, tmp_path: Path
+) -> None:
+    """Its thetas have the new run's names."""
+    (tmp_path / "run" / CHECKPOINT_NAME).unlink()
+    with pytest.raises(CheckpointError) as caught:
+        run_here(NODES)
+    assert str(caught.value) == (
+        f"{tmp_path / 'run'}: expected a folder without a run, found "
+        "theta-round-0001.safetensors, which an earlier one left. Choose another folder."
+    )
+
+
+def test_another_theta_under_a_rounds_name_is_refused(run_here: RunHere, tmp_path: Path) -> None:
+    """A release is compared with the checkpoint before it is called done."""
+    run_here(NODES)
+    run_here(NODES, out="other", config=settings(seed=6))
+    last = "theta-round-0003.safetensors"
+    (tmp_path / "run" / last).write_bytes((tmp_path / "other" / last).read_bytes())
+    with pytest.raises(CheckpointError) as caught:
+        run_here(NODES, resume=True)
+    assert str(caught.value) == (
+        f"{tmp_path / 'run' / last}: expected this run's theta of round 3, got another one. "
+        "Start a new run in another folder."
+    )
+
+
+def test_a_theta_that_is_not_finite_never_reaches_the_checkpoint(
+    run_here: RunHere, tmp_path: Path
+) -> None:
+    """The run stops where it can be resumed."""
+    wild = settings(server={"learning_rate": 1e39})
+    with pytest.raises(ThetaError, match=r"^round 1: theta after the server's step: \d+ of "):
+        run_here(NODES, config=wild)
+    assert read_checkpoint(tmp_path / "run" / CHECKPOINT_NAME).info.round_number == 0
+    with pytest.raises(ThetaError, match=r"^round 1: theta after"):
+        run_here(NODES, config=wild, resume=True)
 
 
 def test_resuming_nothing_is_refused(run_here: RunHere, tmp_path: Path) -> None:

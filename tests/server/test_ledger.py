@@ -108,10 +108,10 @@ def test_a_ledger_that_lacks_or_runs_ahead_of_the_checkpoint_is_refused(
 
 
 def test_charges_are_flushed_to_disk(path: Path) -> None:
-    """SQLite's synchronous is FULL (2) on the ledger's connection, and the file is whole."""
+    """SQLite's synchronous is EXTRA (3) on the ledger's connection, and the file is whole."""
     with closing(opened(path)) as ledger:
         ledger.charge(FIRST)
-        assert ledger._connection.execute("PRAGMA synchronous").fetchone() == (2,)
+        assert ledger._connection.execute("PRAGMA synchronous").fetchone() == (3,)
         with closing(sqlite3.connect(path)) as reader:
             assert reader.execute("SELECT round, noise_multiplier FROM charges").fetchall() == [
                 (1, 1.0)

@@ -90,7 +90,7 @@ def _trainings(report: Report) -> str:
             f"{training.config.cohort.expected_size:g} of {training.population:,}",
             f"{training.trained_values:,}",
             f"{training.seconds:.0f}",
-            f"{training.bytes_down / 1e6:.1f} / {training.bytes_up / 1e6:.1f}",
+            _megabytes(training.bytes_down, training.bytes_up),
         ]
         for name, training in report.trainings.items()
     ]
@@ -105,6 +105,11 @@ def _trainings(report: Report) -> str:
         ],
         rows,
     )
+
+
+def _megabytes(*counts: int | None) -> str:
+    told = [f"{count / 1e6:.1f}" for count in counts if count is not None]
+    return " / ".join(told) or "not told"
 
 
 def _privacy(name: str, training: Training) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -152,12 +152,17 @@ def _training(
         noise_multiplier=info.noise_multiplier,
         epsilon=info.history[-1].epsilon if info.history else None,
         seconds=sum(record.seconds for record in info.history),
-        bytes_down=sum(record.bytes_down for record in info.history),
-        bytes_up=sum(record.bytes_up for record in info.history),
+        bytes_down=_total(record.bytes_down for record in info.history),
+        bytes_up=_total(record.bytes_up for record in info.history),
         versions=info.versions,
         theta=f"{folder.name}/{release_name(info.round_number)}",
         curve=tuple(curve),
     )
+
+
+def _total(values: Iterable[int | None]) -> int | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
 
 
 def _point(

@@ -50,7 +50,8 @@ class Training(Model):
         noise_multiplier: z: noise standard deviation over clip norm; 0 without privacy.
         epsilon: spent, at ``config.privacy.delta``; None without privacy.
         seconds: of all rounds together, without start-up.
-        bytes_down, bytes_up: of all rounds, between coordinator and aggregators.
+        bytes_down, bytes_up: of all rounds, between coordinator and aggregators; None where
+            privacy is promised, since they tell who was drawn.
         versions: of what computed it.
         theta: the released file, relative to the report.
         curve: accuracy by round on the curve's sample.
@@ -62,8 +63,8 @@ class Training(Model):
     noise_multiplier: float
     epsilon: float | None
     seconds: float
-    bytes_down: int
-    bytes_up: int
+    bytes_down: int | None
+    bytes_up: int | None
     versions: dict[str, str]
     theta: str
     curve: tuple[CurvePoint, ...]

@@ -6,6 +6,9 @@ from carpool.errors import ContributionRejected
 from carpool.protocol import Contribution, TaskHeader
 from carpool_server.aggregation.grid import GRID_BOUND
 
+MAX_MEAN_LOSS = 1e6
+"""Nats: far above any cross-entropy of logits that a device would still call finite training."""
+
 
 def validate_contribution(
     contribution: Contribution, *, task: TaskHeader, num_values: int, sender: str
@@ -39,9 +42,30 @@ def validate_contribution(
         )
     _validate_devices(contribution, task=task, sender=sender)
     _validate_range(contribution, sender=sender)
-    if not task.report_loss and (header.num_examples, header.loss_sum) != (None, None):
+    _validate_loss(contribution, task=task, sender=sender)
+
+
+def _validate_loss(contribution: Contribution, *, task: TaskHeader, sender: str) -> None:
+    header = contribution.header
+    if not task.report_loss:
+        if (header.num_examples, header.loss_sum) != (None, None):
+            raise ContributionRejected(
+                "expected no training loss and no number of examples: the task did not ask for "
+                "them.",
+                sender=sender,
+            )
+        return
+    if header.num_examples is None or header.loss_sum is None:
         raise ContributionRejected(
-            "expected no training loss and no number of examples: the task did not ask for them.",
+            "expected the training loss and the number of examples, which the task asked for, got "
+            f"{header.loss_sum} and {header.num_examples}.",
+            sender=sender,
+        )
+    largest = header.count * MAX_MEAN_LOSS
+    if not 0 <= header.loss_sum <= largest:
+        raise ContributionRejected(
+            f"expected a loss of 0 to {largest:g}, of {header.count} devices, got "
+            f"{header.loss_sum:g}.",
             sender=sender,
         )
 
