@@ -101,6 +101,22 @@ class LinearAdapter(Model):
     kind: Literal["linear"] = "linear"
 
 
+class LowRankAdapter(Model):
+    """Soft embedding = embedding + up (down^T embedding), both d x R, up starting at zero.
+
+    ``down`` starts at the frozen input ``adapter_down``; ``rank`` is R.
+    """
+
+    kind: Literal["low-rank"] = "low-rank"
+    rank: PositiveInt
+
+
+class NoAdapter(Model):
+    """Soft embedding = embedding."""
+
+    kind: Literal["none"] = "none"
+
+
 class CoreHead(Model):
     """Score = <d, z + U M U^T z> + bias_d: documents fixed, M within their directions U.
 
@@ -119,8 +135,24 @@ class RowsHead(Model):
     document_bias: bool
 
 
-Adapter = Annotated[ScaleBiasAdapter | LinearAdapter, Field(discriminator="kind")]
-Head = Annotated[CoreHead | RowsHead, Field(discriminator="kind")]
+class MapHead(Model):
+    """Score = <d, z + M z> + bias_d: documents fixed, M d x d, starting at zero."""
+
+    kind: Literal["map"] = "map"
+    document_bias: bool
+
+
+class NoHead(Model):
+    """Score = <d, z> + bias_d."""
+
+    kind: Literal["none"] = "none"
+    document_bias: bool
+
+
+Adapter = Annotated[
+    ScaleBiasAdapter | LinearAdapter | LowRankAdapter | NoAdapter, Field(discriminator="kind")
+]
+Head = Annotated[CoreHead | RowsHead | MapHead | NoHead, Field(discriminator="kind")]
 
 
 class Documents(Model):
@@ -130,8 +162,9 @@ class Documents(Model):
         file: JSON lines ``{"id", "title", "text"}`` in the order of the scores.
         count: N.
         embedding_length: tokens of "title. text" that the document's embedding was made from.
-        corpus_file: safetensors with ``documents`` (float32, N x d) and, where the head has a
-            use for it, ``basis`` (float32, d x R).
+        corpus_file: safetensors with the program's frozen inputs: ``documents`` (float32, N x d),
+            ``basis`` (float32, d x R; core head) and ``adapter_down`` (float32, d x R; low-rank
+            adapter).
     """
 
     file: FileName

@@ -88,7 +88,10 @@ class Bundle:
         return read_theta(path, layout=self.manifest.layout, bundle_id=None if shipped else self.id)
 
     def corpus(self) -> dict[str, NDArray[np.float32]]:
-        """The programs' frozen inputs: ``documents`` (N x d) and, where used, ``basis`` (d x R).
+        """The program's frozen inputs by name, in the order of the call.
+
+        ``documents`` (N x d); for a core head ``basis`` (d x R); for a low-rank adapter
+        ``adapter_down`` (d x R).
 
         Raises:
             BundleError: an array is missing or of another shape or dtype.
@@ -99,6 +102,8 @@ class Bundle:
         expected: dict[str, tuple[int, ...]] = {"documents": (self.manifest.documents.count, width)}
         if self.manifest.head.kind == "core":
             expected["basis"] = (width, self.manifest.head.rank)
+        if self.manifest.adapter.kind == "low-rank":
+            expected["adapter_down"] = (width, self.manifest.adapter.rank)
         corpus: dict[str, NDArray[np.float32]] = {}
         for name, shape in expected.items():
             found = arrays.get(name)

@@ -73,6 +73,14 @@ def train_locally(
             f"the program takes, got {recipe.batch_size} in the recipe.",
             reason="recipe-not-supported",
         )
+    trained = layout.group_mask(recipe.train)
+    if not trained.any():
+        raise DeviceError(
+            f"device {device_id}: expected a recipe that trains a part of this bundle's theta, got "
+            f"train = {list(recipe.train)}; the bundle has "
+            f"{sorted({segment.group for segment in layout.segments})}.",
+            reason="recipe-not-supported",
+        )
     plan = list(
         plan_batches(
             len(examples),
@@ -85,7 +93,6 @@ def train_locally(
     used = sorted({place for places in plan for place in places})
     encoded = program.tokenizer.encode([examples[place].query for place in used])
     rows = dict(zip(used, encoded, strict=True))
-    trained = layout.group_mask(recipe.train)
     current, losses = theta, []
     for number, places in enumerate(plan, start=1):
         batch = make_batch(

@@ -21,6 +21,7 @@ from carpool.files import make_folder, write_atomically
 from carpool.progress import progress, stages
 from carpool_device.evaluation.report import BM25, ZERO_SHOT
 from carpool_export.exporter import STAGES, ExportSettings, export_bundle
+from carpool_export.trainables import preset_kinds
 from carpool_server.checkpoint import CHECKPOINT_NAME
 from carpool_sim.federate import run
 from carpool_sim.progress import ProgressHook
@@ -152,5 +153,9 @@ def _export(documents: Path, bundle_path: Path, *, preset: str) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the model comes from an installed package
     with stages(f"export {preset}", total=len(STAGES)) as announce:
         export_bundle(
-            MODEL, documents, bundle_path, ExportSettings(preset=preset), announce=announce
+            MODEL,
+            documents,
+            bundle_path,
+            ExportSettings(kinds=preset_kinds(preset)),
+            announce=announce,
         )

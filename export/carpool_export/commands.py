@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from carpool.errors import ExportError
 from carpool.progress import stages
+
+if TYPE_CHECKING:
+    from carpool_export.trainables import Kinds
 
 
 def register(app: typer.Typer) -> None:
@@ -26,8 +30,29 @@ def export(
     out: Annotated[Path, typer.Argument(help="Where the bundle shall be; must not exist.")],
     *,
     preset: Annotated[
-        str, typer.Option(help="small: few trained values. paper: full matrices.")
+        str,
+        typer.Option(
+            help="What is trained. small: adapter scale-bias, head core, document bias. "
+            "paper: adapter linear, head rows."
+        ),
     ] = "small",
+    adapter: Annotated[
+        str | None,
+        typer.Option(help="Instead of the preset's: scale-bias, linear, low-rank or none."),
+    ] = None,
+    head: Annotated[
+        str | None, typer.Option(help="Instead of the preset's: core, rows, map or none.")
+    ] = None,
+    document_bias: Annotated[
+        bool | None, typer.Option(help="Instead of the preset's: a bias per document.")
+    ] = None,
+    adapter_rank: Annotated[
+        int | None, typer.Option(help="Of a low-rank adapter; 8 by default.")
+    ] = None,
+    head_rank: Annotated[
+        int | None,
+        typer.Option(help="Most directions that a core head maps within; 128 by default."),
+    ] = None,
     logit_scale: Annotated[float, typer.Option(help="Logits per unit of cosine.")] = 20.0,
     document_length: Annotated[
         int, typer.Option(help="Tokens of a document that its embedding is made from.")
@@ -63,9 +88,18 @@ def export(
         export_bundle,
         read_notice,
     )
+    from carpool_export.trainables import preset_name  # noqa: PLC0415
 
+    kinds = _kinds(
+        preset,
+        adapter=adapter,
+        head=head,
+        document_bias=document_bias,
+        adapter_rank=adapter_rank,
+        head_rank=head_rank,
+    )
     settings = ExportSettings(
-        preset=preset,
+        kinds=kinds,
         logit_scale=logit_scale,
         document_length=document_length,
         max_batch=max_batch,
@@ -74,7 +108,7 @@ def export(
         licence=model_licence,
         notices=tuple(read_notice(path) for path in notice or []),
     )
-    with stages(f"export {preset}", total=len(STAGES)) as announce:
+    with stages(f"export {preset_name(kinds)}", total=len(STAGES)) as announce:
         bundle = export_bundle(model, documents, out, settings, announce=announce)
     manifest = bundle.manifest
     size = manifest.files[manifest.program.file].bytes
@@ -110,6 +144,14 @@ def merge(
 def _quieten() -> None:
     """Drops two lines that torchao's import logs about its own use of torch (torchao 0.18)."""
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+
+
+def _kinds(preset: str, **chosen: object) -> Kinds:
+    """A preset's kinds with what was chosen instead."""
+    from carpool_export.trainables import preset_kinds  # noqa: PLC0415  as above
+
+    changes: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
+    return dataclasses.replace(preset_kinds(preset), **changes)
 
 
 def _parse_scale(text: str) -> tuple[str, float]:

@@ -66,13 +66,13 @@ def embed_passages(
     return embeddings
 
 
-def principal_directions(documents_ND: Tensor, *, rank: int) -> Tensor:
-    """The first ``rank`` right singular vectors of the embeddings: float32 ``(D, R)``.
+def principal_directions(rows_ND: Tensor, *, rank: int) -> Tensor:
+    """The first ``rank`` right singular vectors of the rows: float32 ``(D, R)``.
 
     Guarantees: orthonormal columns; each column's entry of largest magnitude is positive, so
-    the same embeddings give the same signs.
+    the same rows give the same signs.
     """
-    _, _, right = torch.linalg.svd(documents_ND.double(), full_matrices=False)
+    _, _, right = torch.linalg.svd(rows_ND.double(), full_matrices=False)
     basis = right[:rank].T
     largest = basis.gather(0, basis.abs().argmax(dim=0, keepdim=True))
     signed: Tensor = basis * largest.sign()

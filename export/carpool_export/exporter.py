@@ -30,7 +30,13 @@ from carpool_export.program import StepFunctions
 from carpool_export.reference import Reference
 from carpool_export.runner import LoadedProgram
 from carpool_export.source import ModelSource, open_source
-from carpool_export.trainables import Trainables, build_trainables
+from carpool_export.trainables import (
+    PRESETS,
+    Kinds,
+    Trainables,
+    build_trainables,
+    preset_name,
+)
 
 MIN_LENGTH = 2
 """Fewest tokens in a batch: torch.export takes 1 for a constant."""
@@ -54,7 +60,7 @@ class ExportSettings:
     """What may be chosen.
 
     Attributes:
-        preset: ``"small"`` or ``"paper"``.
+        kinds: what is trained.
         logit_scale: logits per unit of cosine.
         document_length: tokens of a document that its embedding is made from.
         max_batch: most rows in a call.
@@ -64,7 +70,7 @@ class ExportSettings:
         notices: texts that must go with the documents; ``NOTICE`` beside their file if empty.
     """
 
-    preset: str = "small"
+    kinds: Kinds = PRESETS["small"]
     logit_scale: float = 20.0
     document_length: int = 128
     max_batch: int = 8
@@ -105,7 +111,7 @@ def export_bundle(
     _check_settings(settings, source)
     licences = _licences(source, documents_path, settings)
     trainables = build_trainables(
-        settings.preset,
+        settings.kinds,
         width=source.hidden_size,
         num_documents=len(documents),
         logit_scale=settings.logit_scale,
@@ -157,13 +163,13 @@ def methods_to_lower(
     """The program's methods with example inputs of sizes that nothing else here has."""
     batch = Dim("batch", min=1, max=settings.max_batch)
     length = Dim("length", min=MIN_LENGTH, max=settings.max_length)
-    corpus_shapes = functions.trainables.head.corpus_shapes.values()
-    taken = {size for shape in corpus_shapes for size in shape}
+    frozen_shapes = functions.trainables.frozen_shapes.values()
+    taken = {size for shape in frozen_shapes for size in shape}
     rows = _example_size(settings.max_batch, taken)
     tokens = _example_size(settings.max_length, taken | {rows})
     frozen = (
         torch.zeros(functions.trainables.layout.num_values),
-        *(torch.zeros(shape) for shape in corpus_shapes),
+        *(torch.zeros(shape) for shape in frozen_shapes),
     )
     # Tensors of their own: the tracer takes one that is given twice for one input.
     query = tuple(torch.ones(rows, tokens, dtype=torch.int64) for _ in range(2))
@@ -275,11 +281,14 @@ def _corpus(
         [document.passage for document in documents],
         pad_id=source.pad_id,
     )
-    corpus = {"documents": embeddings}
-    basis_shape = trainables.head.corpus_shapes.get("basis")
-    if basis_shape is not None:
-        corpus["basis"] = principal_directions(embeddings, rank=basis_shape[1])
-    return corpus
+    frozen = {"documents": embeddings}
+    shapes = trainables.frozen_shapes
+    if "basis" in shapes:
+        frozen["basis"] = principal_directions(embeddings, rank=shapes["basis"][1])
+    if "adapter_down" in shapes:
+        table: Any = eager.get_input_embeddings().weight  # typed as a tensor or a module
+        frozen["adapter_down"] = principal_directions(table, rank=shapes["adapter_down"][1])
+    return frozen
 
 
 def _write_files(
@@ -322,7 +331,7 @@ def _manifest_fields(
 ) -> dict[str, Any]:
     return {
         "carpool_version": importlib.metadata.version("carpool"),
-        "preset": settings.preset,
+        "preset": preset_name(settings.kinds),
         "model": schema.SourceModel(
             name=source.name,
             architecture=source.architecture,
@@ -332,7 +341,7 @@ def _manifest_fields(
             weights_sha256=source.weights_sha256(),
         ),
         "adapter": trainables.adapter.describe(),
-        "head": trainables.head.describe(),
+        "head": trainables.head.describe(document_bias=trainables.document_bias),
         "logit_scale": settings.logit_scale,
         "layout": trainables.layout,
         "theta_file": "theta.safetensors",
@@ -366,7 +375,7 @@ def _program_record(
         theta,
         *(
             schema.TensorSpec(name=name, dtype="float32", shape=shape)
-            for name, shape in trainables.head.corpus_shapes.items()
+            for name, shape in trainables.frozen_shapes.items()
         ),
         schema.TensorSpec(name="input_ids", dtype="int64", shape=("batch", "length")),
         schema.TensorSpec(name="attention_mask", dtype="int64", shape=("batch", "length")),

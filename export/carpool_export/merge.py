@@ -3,11 +3,13 @@
 What folds into what, with E the embedding table, d a document, z a query's embedding, U the
 basis, and all sums in float64 before they are rounded to float32:
 
-- scale-bias adapter: each row of E becomes ``(1 + scale) * row + bias``; linear: ``W row``.
+- scale-bias adapter: each row of E becomes ``(1 + scale) * row + bias``; linear: ``W row``;
+  low-rank: ``row + up (down^T row)``.
 - rows head: a document's vector is ``logit_scale * w_d``.
-- core head: ``<d, z + U M U^T z> = <d + U M^T U^T d, z>``, so its vector is ``logit_scale`` times
-  the left side of that product, with the document's bias as one more value; a dense layer of the
-  model appends the constant 1 that the bias is multiplied with.
+- map and core head: ``<d, z + M z> = <d + M^T d, z>``, so its vector is ``logit_scale`` times the
+  left side of that product; for the core head M is ``U M U^T``.
+- document bias: one more value of each vector; a dense layer of the model appends the constant 1
+  that it is multiplied with.
 
 So every part folds, and the dot product of query and document vector is the program's score.
 """
@@ -70,7 +72,7 @@ def merge(bundle_path: Path, theta_path: Path, destination: Path, *, model: str)
     offsets = manifest.layout.parameters(theta)
     vectors = document_vectors(manifest, bundle.corpus(), offsets)
     with staging_folder(destination) as staging:
-        _write_model(staging, source, manifest, offsets)
+        _write_model(staging, source, manifest, bundle.corpus(), offsets)
         save_file({"vectors": vectors}, staging / VECTORS_NAME)
         shutil.copyfile(bundle.path / manifest.documents.file, staging / "documents.jsonl")
         (staging / "README.md").write_text(_card(manifest, bundle.id), encoding="utf-8")
@@ -86,31 +88,44 @@ def document_vectors(
 
     Args:
         manifest: names the head and the logit scale.
-        corpus: ``documents`` and, for the core head, ``basis``.
+        corpus: the bundle's frozen inputs.
         offsets: the head's parameters less their initial values, by segment name.
     """
     documents = corpus["documents"].astype(np.float64)
     if manifest.head.kind == "rows":
-        vectors = manifest.logit_scale * (documents + offsets["head.rows"])
-    else:
+        documents = documents + offsets["head.rows"]
+    elif manifest.head.kind == "core":
         basis = corpus["basis"].astype(np.float64)
-        mapped = documents + documents @ basis @ offsets["head.core"] @ basis.T
-        vectors = np.hstack([manifest.logit_scale * mapped, offsets["head.bias"][:, None]])
+        documents = documents + documents @ basis @ offsets["head.core"] @ basis.T
+    elif manifest.head.kind == "map":
+        documents = documents + documents @ offsets["head.map"].astype(np.float64)
+    vectors = manifest.logit_scale * documents
+    if manifest.head.document_bias:
+        vectors = np.hstack([vectors, offsets["head.bias"][:, None]])
     return np.ascontiguousarray(vectors, dtype=np.float32)
 
 
-def soft_table(table: Floats, offsets: Mapping[str, Floats]) -> Floats:
+def soft_table(
+    table: Floats, corpus: Mapping[str, Floats], offsets: Mapping[str, Floats]
+) -> Floats:
     """The embedding table with the adapter in it: float32, shape as ``table``."""
     rows = table.astype(np.float64)
     if "adapter.weight" in offsets:
         rows = rows + rows @ offsets["adapter.weight"].T.astype(np.float64)
-    else:
+    elif "adapter.up" in offsets:
+        down = corpus["adapter_down"].astype(np.float64) + offsets["adapter.down"]
+        rows = rows + rows @ down @ offsets["adapter.up"].T
+    elif "adapter.scale" in offsets:
         rows = rows * (1.0 + offsets["adapter.scale"]) + offsets["adapter.bias"]
     return np.ascontiguousarray(rows, dtype=np.float32)
 
 
 def _write_model(
-    folder: Path, source: ModelSource, manifest: Manifest, offsets: Mapping[str, Floats]
+    folder: Path,
+    source: ModelSource,
+    manifest: Manifest,
+    corpus: Mapping[str, Floats],
+    offsets: Mapping[str, Floats],
 ) -> None:
     for path in sorted(source.folder.iterdir()):
         copied = path.suffix in {".json", ".txt"} and path.name != "data_config.json"
@@ -121,7 +136,7 @@ def _write_model(
     names = [name for name in tensors if name.endswith("word_embeddings.weight")]
     if len(names) != 1:
         raise ExportError(f"{weights}: expected one table of word embeddings, got {names}.")
-    tensors[names[0]] = soft_table(tensors[names[0]], offsets)
+    tensors[names[0]] = soft_table(tensors[names[0]], corpus, offsets)
     with safe_open(weights, framework="numpy") as file:
         metadata = file.metadata()
     save_file(tensors, folder / "model.safetensors", metadata=metadata)

@@ -1,4 +1,4 @@
-# ruff: noqa: N806  shape suffixes: the legend stands in the docstring
+# ruff: noqa: N803, N806  shape suffixes: the legend stands in the docstring
 """The step that a device runs, as pure functions: theta goes in, the gradient comes out.
 
 Written for tracing: the backward pass of adapter and head is spelled out, so that per-example
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from carpool_export.model import Encoder
 from carpool_export.trainables import Trainables
-from carpool_export.trainables.per_example import row_sum
+from carpool_export.trainables.per_example import Direct, row_sum
+from carpool_export.trainables.presets import BIAS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,9 +28,9 @@ class StepFunctions:
     trainables: Trainables
 
     @property
-    def corpus_names(self) -> tuple[str, ...]:
+    def frozen_names(self) -> tuple[str, ...]:
         """The frozen inputs that follow theta in both calls."""
-        return tuple(self.trainables.head.corpus_shapes)
+        return tuple(self.trainables.frozen_shapes)
 
     def gradients(self, theta: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         """The weighted sum of the per-example losses, and of their clipped gradients.
@@ -43,36 +44,44 @@ class StepFunctions:
 
         Args:
             theta: float32, shape ``(P,)``.
-            inputs: the corpus (``corpus_names``), then ``input_ids`` and ``attention_mask``
+            inputs: the frozen ones (``frozen_names``), then ``input_ids`` and ``attention_mask``
                 (int64, ``(B, T)``), ``labels`` (int64, ``(B,)``), ``example_weights``
                 (float32, ``(B,)``) and ``l2_clip_norm`` (float32, ``(1,)``, positive).
 
         Returns:
             The loss, float32 ``(1,)``, and the gradient, float32 ``(P,)``.
         """
-        count = len(self.corpus_names)
-        corpus = dict(zip(self.corpus_names, inputs[:count], strict=True))
+        count = len(self.frozen_names)
+        frozen = dict(zip(self.frozen_names, inputs[:count], strict=True))
         input_ids_BT, mask_BT, labels_B, weights_B, clip_1 = inputs[count:]
-        head, adapter = self.trainables.head, self.trainables.adapter
         batch = input_ids_BT.shape[0]
         offsets = self._offsets(theta)
 
         tokens_BTD = self.encoder.token_embeddings(input_ids_BT)
-        soft_BTD = adapter.soft_embeddings(offsets, tokens_BTD).detach().requires_grad_()
-        with torch.enable_grad():
+        soft_BTD = self.trainables.adapter.soft_embeddings(offsets, frozen, tokens_BTD)
+        soft_BTD = soft_BTD.detach().requires_grad_()
+        with torch.set_grad_enabled(bool(self.trainables.adapter.shapes)):
             query_with_graph_BD = self.encoder.embed(soft_BTD, mask_BT)
         query_BD = query_with_graph_BD.detach()
-        logits_BN = head.logits(offsets, corpus, query_BD)
+        logits_BN = self._logits(offsets, frozen, query_BD)
 
         positions_1N = torch.arange(logits_BN.shape[1]).view(1, -1)
         target_BN = (labels_B.view(batch, 1) == positions_1N).to(torch.float32)
         weights_B1 = weights_B.view(batch, 1)
         loss_B1 = -row_sum(torch.log_softmax(logits_BN, dim=-1) * target_BN)
-        query_gradient_BD, head_gradients = head.gradients(
-            offsets, corpus, query_BD, torch.softmax(logits_BN, dim=-1) - target_BN
+        logits_gradient_BN = torch.softmax(logits_BN, dim=-1) - target_BN
+        query_gradient_BD, parts = self.trainables.head.gradients(
+            offsets, frozen, query_BD, logits_gradient_BN
         )
-        (soft_gradient_BTD,) = torch.autograd.grad(query_with_graph_BD, soft_BTD, query_gradient_BD)
-        parts = adapter.gradients(tokens_BTD, soft_gradient_BTD) | head_gradients
+        if self.trainables.document_bias:
+            parts[BIAS] = Direct(logits_gradient_BN)
+        if self.trainables.adapter.shapes:  # else no backward pass through the blocks
+            (soft_gradient_BTD,) = torch.autograd.grad(
+                query_with_graph_BD, soft_BTD, query_gradient_BD
+            )
+            parts |= self.trainables.adapter.gradients(
+                offsets, frozen, tokens_BTD, soft_gradient_BTD
+            )
 
         scales = {segment.name: segment.scale for segment in self.trainables.layout.segments}
         squared = [parts[name].squared_norms() * scale**2 for name, scale in scales.items()]
@@ -88,17 +97,23 @@ class StepFunctions:
 
         Args:
             theta: float32, shape ``(P,)``.
-            inputs: the corpus (``corpus_names``), then ``input_ids`` and ``attention_mask``
+            inputs: the frozen ones (``frozen_names``), then ``input_ids`` and ``attention_mask``
                 (int64, ``(B, T)``).
         """
-        count = len(self.corpus_names)
-        corpus = dict(zip(self.corpus_names, inputs[:count], strict=True))
+        count = len(self.frozen_names)
+        frozen = dict(zip(self.frozen_names, inputs[:count], strict=True))
         input_ids_BT, mask_BT = inputs[count:]
         offsets = self._offsets(theta)
         tokens_BTD = self.encoder.token_embeddings(input_ids_BT)
-        soft_BTD = self.trainables.adapter.soft_embeddings(offsets, tokens_BTD)
+        soft_BTD = self.trainables.adapter.soft_embeddings(offsets, frozen, tokens_BTD)
         query_BD = self.encoder.embed(soft_BTD, mask_BT)
-        return self.trainables.head.logits(offsets, corpus, query_BD)
+        return self._logits(offsets, frozen, query_BD)
+
+    def _logits(
+        self, offsets: Mapping[str, Tensor], frozen: Mapping[str, Tensor], query_BD: Tensor
+    ) -> Tensor:
+        logits_BN = self.trainables.head.logits(offsets, frozen, query_BD)
+        return logits_BN + offsets[BIAS] if self.trainables.document_bias else logits_BN
 
     def _offsets(self, theta: Tensor) -> Mapping[str, Tensor]:
         layout = self.trainables.layout

@@ -72,22 +72,14 @@ class Reference:
             for segment in self.layout.segments
         }
         soft = self.model.get_input_embeddings()(batch.input_ids)
-        if "adapter.weight" in parameter:
-            identity = torch.eye(soft.shape[-1], dtype=soft.dtype)
-            soft = soft @ (identity + parameter["adapter.weight"]).T
-        else:
-            soft = soft * (1 + parameter["adapter.scale"]) + parameter["adapter.bias"]
+        soft = _adapted(soft, parameter, corpus)
         states = self.model(
             inputs_embeds=soft, attention_mask=batch.attention_mask
         ).last_hidden_state
         real = batch.attention_mask.unsqueeze(-1).to(states.dtype)
         query = functional.normalize((states * real).sum(1) / real.sum(1), dim=-1)
-        documents = corpus["documents"]
-        if "head.rows" in parameter:
-            return self.logit_scale * query @ (documents + parameter["head.rows"]).T
-        basis = corpus["basis"]
-        core = basis @ parameter["head.core"] @ basis.T
-        return self.logit_scale * (query + query @ core.T) @ documents.T + parameter["head.bias"]
+        logits = self.logit_scale * _cosines(query, parameter, corpus)
+        return logits + parameter["head.bias"] if "head.bias" in parameter else logits
 
     def plain_gradients(self, theta: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """The weighted loss, shape ``(1,)``, and its gradient: one backward pass, no clipping."""
@@ -111,6 +103,31 @@ class Reference:
                 loss, gradients[index] = self.plain_gradients(theta, batch.row(index))
                 losses[index] = loss[0]
         return losses, gradients
+
+
+def _adapted(tokens: Tensor, parameter: dict[str, Tensor], corpus: dict[str, Tensor]) -> Tensor:
+    identity = torch.eye(tokens.shape[-1], dtype=tokens.dtype)
+    if "adapter.weight" in parameter:
+        return tokens @ (identity + parameter["adapter.weight"]).T
+    if "adapter.up" in parameter:
+        down = corpus["adapter_down"] + parameter["adapter.down"]
+        return tokens @ (identity + parameter["adapter.up"] @ down.T).T
+    if "adapter.scale" in parameter:
+        return tokens * (1 + parameter["adapter.scale"]) + parameter["adapter.bias"]
+    return tokens
+
+
+def _cosines(query: Tensor, parameter: dict[str, Tensor], corpus: dict[str, Tensor]) -> Tensor:
+    """Before the logit scale; cosines where nothing is trained."""
+    documents = corpus["documents"]
+    if "head.rows" in parameter:
+        return query @ (documents + parameter["head.rows"]).T
+    if "head.core" in parameter:
+        core = corpus["basis"] @ parameter["head.core"] @ corpus["basis"].T
+        return (query + query @ core.T) @ documents.T
+    if "head.map" in parameter:
+        return (query + query @ parameter["head.map"].T) @ documents.T
+    return query @ documents.T
 
 
 def clipped_sum(gradients: Tensor, weights: Tensor, *, l2_clip_norm: float) -> Tensor:

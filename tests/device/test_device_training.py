@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -7,9 +8,11 @@ import pytest
 import tiny
 from numpy.typing import NDArray
 
+from carpool.bundle import Bundle
 from carpool.data.corpus import Example
 from carpool.errors import DeviceError, ThetaError
 from carpool.recipe import LocalRecipe
+from carpool.theta import Layout
 from carpool_device.batches import make_batch, plan_batches
 from carpool_device.runtime import DeviceProgram
 from carpool_device.training import LocalUpdate, step, train_locally
@@ -179,6 +182,21 @@ def test_a_device_without_examples_is_refused(tiny_program: DeviceProgram) -> No
     with pytest.raises(DeviceError) as caught:
         train(tiny_program, [])
     assert str(caught.value) == "device phone-1: expected at least one example, got none."
+
+
+def test_a_recipe_that_trains_nothing_of_the_bundle_is_refused(
+    make_tiny: Callable[..., Bundle],
+) -> None:
+    """A head-only bundle under a recipe for adapters."""
+    segments = [s.model_copy(update={"group": "head"}) for s in tiny.LAYOUT.segments]
+    program = DeviceProgram.load(make_tiny(layout=Layout(segments=tuple(segments))))
+    with pytest.raises(DeviceError) as caught:
+        train(program, train=("adapter",))
+    assert caught.value.reason == "recipe-not-supported"
+    assert str(caught.value) == (
+        "device phone-1: expected a recipe that trains a part of this bundle's theta, got train = "
+        "['adapter']; the bundle has ['head']."
+    )
 
 
 def test_a_recipe_beyond_the_programs_bound_is_refused(tiny_program: DeviceProgram) -> None:

@@ -18,6 +18,7 @@ from carpool_export.exporter import STAGES, ExportSettings, export_bundle
 from carpool_export.lowering import decompositions
 from carpool_export.parity import check_parity, gate_shapes, relative_error
 from carpool_export.runner import LoadedProgram
+from carpool_export.trainables import PRESETS
 
 SETTINGS = ExportSettings(max_length=16, document_length=16, max_batch=4)
 
@@ -37,7 +38,7 @@ def test_tiny_model_becomes_a_bundle(
     """Other sizes than MiniLM's: nine documents, so the core's rank is lowered to nine."""
     (tmp_path / "NOTICE").write_text("Written for a test.")
     bundle, stages = export(
-        tiny_model, tiny_documents, tmp_path / "bundle", preset=preset, scales={}
+        tiny_model, tiny_documents, tmp_path / "bundle", kinds=PRESETS[preset], scales={}
     )
     assert stages == list(STAGES)
     manifest = Bundle.open(tmp_path / "bundle").manifest

@@ -15,6 +15,7 @@ from carpool.errors import BundleError, CarpoolError, CorpusError, ExportError
 from carpool_export.commands import register
 from carpool_export.exporter import ExportSettings, export_bundle
 from carpool_export.source import open_source
+from carpool_export.trainables import Kinds
 
 ChangeJson = Callable[..., None]
 
@@ -153,7 +154,26 @@ def announce_nothing(_stage: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"preset": "smal"}, "unknown preset 'smal'; did you mean 'small'?"),
+        (
+            {"kinds": Kinds(adapter="lora", head="rows", document_bias=False)},  # type: ignore[arg-type]
+            "--adapter: unknown kind 'lora'; did you mean 'low-rank'?",
+        ),
+        (
+            {"kinds": Kinds(adapter="none", head="maps", document_bias=False)},  # type: ignore[arg-type]
+            "--head: unknown kind 'maps'; did you mean 'map'?",
+        ),
+        (
+            {"kinds": Kinds(adapter="none", head="none", document_bias=False)},
+            "expected something to train, got adapter none, head none and no document bias.",
+        ),
+        (
+            {"kinds": Kinds(adapter="low-rank", head="none", document_bias=False, adapter_rank=25)},
+            "--adapter-rank: expected 1 to 24, the embedding's dimension, got 25.",
+        ),
+        (
+            {"kinds": Kinds(adapter="none", head="core", document_bias=False, head_rank=0)},
+            "--head-rank: expected at least 1, got 0.",
+        ),
         (
             {"max_length": 33},
             "--max-length: expected at least 3 and at most 32 (Tiny has no more), got 33.",
@@ -166,7 +186,7 @@ def announce_nothing(_stage: str) -> None:
         ({"logit_scale": 0.0}, "--logit-scale: expected a positive number, got 0.0."),
         (
             {"scales": {"head.rows": 1.0}},
-            "preset 'small' has no segment 'head.rows' to scale; did you mean 'head.core'?",
+            "there is no segment 'head.rows' to scale; did you mean 'head.core'?",
         ),
         (
             {"scales": {"head.bias": -1.0}},

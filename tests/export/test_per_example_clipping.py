@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from carpool_export.model import Encoder, load_model
 from carpool_export.program import StepFunctions
-from carpool_export.trainables import build_trainables
+from carpool_export.trainables import PRESETS, build_trainables
 from carpool_export.trainables.per_example import Direct, Outer, TokenOuter
 
 WIDTH, DOCUMENTS, SCALE = 24, 9, 20.0
@@ -45,7 +45,7 @@ def test_clipped_sum_equals_that_of_opacus(tiny_model: Path, clip: float) -> Non
     """Opacus's per-sample gradients, clipped by hand jointly over scaled theta, give ours."""
     torch.manual_seed(5)
     trainables = build_trainables(
-        "paper", width=WIDTH, num_documents=DOCUMENTS, logit_scale=SCALE, scales=SCALES
+        PRESETS["paper"], width=WIDTH, num_documents=DOCUMENTS, logit_scale=SCALE, scales=SCALES
     )
     theta = 0.3 * torch.randn(trainables.layout.num_values)
     documents = functional.normalize(torch.randn(DOCUMENTS, WIDTH), dim=-1)

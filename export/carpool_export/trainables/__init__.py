@@ -1,25 +1,25 @@
 """What is trained: adapters before the blocks, heads after them, and the presets of both."""
 
-from carpool_export.trainables.adapters import Adapter, LinearAdapter, ScaleBiasAdapter
-from carpool_export.trainables.heads import CoreHead, Head, RowsHead
 from carpool_export.trainables.presets import (
     DEFAULT_SCALES,
     PRESETS,
-    Preset,
+    AdapterKind,
+    HeadKind,
+    Kinds,
     Trainables,
     build_trainables,
+    preset_kinds,
+    preset_name,
 )
 
 __all__ = [
     "DEFAULT_SCALES",
     "PRESETS",
-    "Adapter",
-    "CoreHead",
-    "Head",
-    "LinearAdapter",
-    "Preset",
-    "RowsHead",
-    "ScaleBiasAdapter",
+    "AdapterKind",
+    "HeadKind",
+    "Kinds",
     "Trainables",
     "build_trainables",
+    "preset_kinds",
+    "preset_name",
 ]

@@ -1,7 +1,7 @@
-# ruff: noqa: N803  shape suffixes: the legend stands in the docstring
+# ruff: noqa: N803, N806  shape suffixes: the legend stands in the docstring
 """Adapters: token embeddings in, soft embeddings out, before the frozen blocks.
 
-Shape suffixes: B batch, T tokens, D embedding dimension.
+Shape suffixes: B batch, T tokens, D embedding dimension, R rank.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ class Adapter(Protocol):
     """An adapter's forward pass and its hand-written backward pass.
 
     ``offsets`` are the parameters' distances from their initial values, by segment name: all
-    zero is the untrained adapter, which changes nothing.
+    zero is the untrained adapter, which changes nothing. ``frozen`` holds the program's frozen
+    inputs by name.
     """
 
     @property
@@ -29,17 +30,65 @@ class Adapter(Protocol):
         """Its segments' names and shapes, in theta's order."""
         ...
 
+    @property
+    def frozen_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The frozen inputs that it takes, by name."""
+        ...
+
     def describe(self) -> manifest.Adapter:
         """Its record in the manifest."""
         ...
 
-    def soft_embeddings(self, offsets: Mapping[str, Tensor], tokens_BTD: Tensor) -> Tensor:
+    def soft_embeddings(
+        self, offsets: Mapping[str, Tensor], frozen: Mapping[str, Tensor], tokens_BTD: Tensor
+    ) -> Tensor:
         """What the blocks see instead of the token embeddings; same shape."""
         ...
 
-    def gradients(self, tokens_BTD: Tensor, soft_gradient_BTD: Tensor) -> dict[str, PerExample]:
+    def gradients(
+        self,
+        offsets: Mapping[str, Tensor],
+        frozen: Mapping[str, Tensor],
+        tokens_BTD: Tensor,
+        soft_gradient_BTD: Tensor,
+    ) -> dict[str, PerExample]:
         """The segments' per-example gradients from that of the soft embeddings."""
         ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoAdapter:
+    """Soft embedding = embedding: nothing is trained before the blocks."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """See ``Adapter``."""
+        return {}
+
+    @property
+    def frozen_shapes(self) -> dict[str, tuple[int, ...]]:
+        """See ``Adapter``."""
+        return {}
+
+    def describe(self) -> manifest.Adapter:
+        """See ``Adapter``."""
+        return manifest.NoAdapter()
+
+    def soft_embeddings(
+        self, _offsets: Mapping[str, Tensor], _frozen: Mapping[str, Tensor], tokens_BTD: Tensor
+    ) -> Tensor:
+        """See ``Adapter``."""
+        return tokens_BTD
+
+    def gradients(
+        self,
+        _offsets: Mapping[str, Tensor],
+        _frozen: Mapping[str, Tensor],
+        _tokens_BTD: Tensor,
+        _soft_gradient_BTD: Tensor,
+    ) -> dict[str, PerExample]:
+        """See ``Adapter``."""
+        return {}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,15 +102,28 @@ class ScaleBiasAdapter:
         """See ``Adapter``."""
         return {"adapter.scale": (self.width,), "adapter.bias": (self.width,)}
 
+    @property
+    def frozen_shapes(self) -> dict[str, tuple[int, ...]]:
+        """See ``Adapter``."""
+        return {}
+
     def describe(self) -> manifest.Adapter:
         """See ``Adapter``."""
         return manifest.ScaleBiasAdapter()
 
-    def soft_embeddings(self, offsets: Mapping[str, Tensor], tokens_BTD: Tensor) -> Tensor:
+    def soft_embeddings(
+        self, offsets: Mapping[str, Tensor], _frozen: Mapping[str, Tensor], tokens_BTD: Tensor
+    ) -> Tensor:
         """See ``Adapter``."""
         return tokens_BTD * (1.0 + offsets["adapter.scale"]) + offsets["adapter.bias"]
 
-    def gradients(self, tokens_BTD: Tensor, soft_gradient_BTD: Tensor) -> dict[str, PerExample]:
+    def gradients(
+        self,
+        _offsets: Mapping[str, Tensor],
+        _frozen: Mapping[str, Tensor],
+        tokens_BTD: Tensor,
+        soft_gradient_BTD: Tensor,
+    ) -> dict[str, PerExample]:
         """See ``Adapter``."""
         return {
             "adapter.scale": Direct(token_sum(soft_gradient_BTD * tokens_BTD)),
@@ -80,14 +142,82 @@ class LinearAdapter:
         """See ``Adapter``."""
         return {"adapter.weight": (self.width, self.width)}
 
+    @property
+    def frozen_shapes(self) -> dict[str, tuple[int, ...]]:
+        """See ``Adapter``."""
+        return {}
+
     def describe(self) -> manifest.Adapter:
         """See ``Adapter``."""
         return manifest.LinearAdapter()
 
-    def soft_embeddings(self, offsets: Mapping[str, Tensor], tokens_BTD: Tensor) -> Tensor:
+    def soft_embeddings(
+        self, offsets: Mapping[str, Tensor], _frozen: Mapping[str, Tensor], tokens_BTD: Tensor
+    ) -> Tensor:
         """See ``Adapter``."""
         return tokens_BTD + torch.nn.functional.linear(tokens_BTD, offsets["adapter.weight"])
 
-    def gradients(self, tokens_BTD: Tensor, soft_gradient_BTD: Tensor) -> dict[str, PerExample]:
+    def gradients(
+        self,
+        _offsets: Mapping[str, Tensor],
+        _frozen: Mapping[str, Tensor],
+        tokens_BTD: Tensor,
+        soft_gradient_BTD: Tensor,
+    ) -> dict[str, PerExample]:
         """See ``Adapter``."""
         return {"adapter.weight": TokenOuter(soft_gradient_BTD, tokens_BTD)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LowRankAdapter:
+    """Soft embedding = embedding + up (down^T embedding), both D x R, up starting at zero.
+
+    ``down`` starts at the frozen input ``adapter_down``.
+    """
+
+    width: int
+    rank: int
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """See ``Adapter``."""
+        return {
+            "adapter.down": (self.width, self.rank),
+            "adapter.up": (self.width, self.rank),
+        }
+
+    @property
+    def frozen_shapes(self) -> dict[str, tuple[int, ...]]:
+        """See ``Adapter``."""
+        return {"adapter_down": (self.width, self.rank)}
+
+    def describe(self) -> manifest.Adapter:
+        """See ``Adapter``."""
+        return manifest.LowRankAdapter(rank=self.rank)
+
+    def soft_embeddings(
+        self, offsets: Mapping[str, Tensor], frozen: Mapping[str, Tensor], tokens_BTD: Tensor
+    ) -> Tensor:
+        """See ``Adapter``."""
+        inside_BTR = _rows_times(tokens_BTD, frozen["adapter_down"] + offsets["adapter.down"])
+        return tokens_BTD + torch.nn.functional.linear(inside_BTR, offsets["adapter.up"])
+
+    def gradients(
+        self,
+        offsets: Mapping[str, Tensor],
+        frozen: Mapping[str, Tensor],
+        tokens_BTD: Tensor,
+        soft_gradient_BTD: Tensor,
+    ) -> dict[str, PerExample]:
+        """See ``Adapter``."""
+        inside_BTR = _rows_times(tokens_BTD, frozen["adapter_down"] + offsets["adapter.down"])
+        inside_gradient_BTR = _rows_times(soft_gradient_BTD, offsets["adapter.up"])
+        return {
+            "adapter.down": TokenOuter(tokens_BTD, inside_gradient_BTR),
+            "adapter.up": TokenOuter(soft_gradient_BTD, inside_BTR),
+        }
+
+
+def _rows_times(values_BTD: Tensor, matrix_DR: Tensor) -> Tensor:
+    batch, length, width = values_BTD.shape
+    return values_BTD.reshape(batch * length, width).mm(matrix_DR).view(batch, length, -1)

@@ -1,5 +1,5 @@
 # ruff: noqa: N803, N806  shape suffixes: the legend stands in the docstring
-"""Heads: a query's embedding in, a logit per document out.
+"""Heads: a query's embedding in, a logit per document out; the documents' bias is added later.
 
 Shape suffixes: B batch, D embedding dimension, N documents, R rank.
 """
@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from carpool.bundle import manifest
-from carpool_export.trainables.per_example import Direct, Outer, PerExample
+from carpool_export.trainables.per_example import Outer, PerExample
 
 
 class Head(Protocol):
     """A head's forward pass and its hand-written backward pass.
 
     ``offsets`` are as in ``Adapter``: all zero gives ``logit_scale`` times the cosine of query
-    and document. ``corpus`` holds the program's frozen inputs by name.
+    and document. ``frozen`` holds the program's frozen inputs by name.
     """
 
     @property
@@ -30,16 +30,16 @@ class Head(Protocol):
         ...
 
     @property
-    def corpus_shapes(self) -> dict[str, tuple[int, ...]]:
+    def frozen_shapes(self) -> dict[str, tuple[int, ...]]:
         """The frozen inputs that it takes, in the order of the call."""
         ...
 
-    def describe(self) -> manifest.Head:
+    def describe(self, *, document_bias: bool) -> manifest.Head:
         """Its record in the manifest."""
         ...
 
     def logits(
-        self, offsets: Mapping[str, Tensor], corpus: Mapping[str, Tensor], query_BD: Tensor
+        self, offsets: Mapping[str, Tensor], frozen: Mapping[str, Tensor], query_BD: Tensor
     ) -> Tensor:
         """Logits, shape ``(B, N)``."""
         ...
@@ -47,7 +47,7 @@ class Head(Protocol):
     def gradients(
         self,
         offsets: Mapping[str, Tensor],
-        corpus: Mapping[str, Tensor],
+        frozen: Mapping[str, Tensor],
         query_BD: Tensor,
         logits_gradient_BN: Tensor,
     ) -> tuple[Tensor, dict[str, PerExample]]:
@@ -56,11 +56,92 @@ class Head(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class NoHead:
+    """Logit = logit_scale * <document, z>: nearest document, nothing is trained."""
+
+    width: int
+    num_documents: int
+    logit_scale: float
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """See ``Head``."""
+        return {}
+
+    @property
+    def frozen_shapes(self) -> dict[str, tuple[int, ...]]:
+        """See ``Head``."""
+        return {"documents": (self.num_documents, self.width)}
+
+    def describe(self, *, document_bias: bool) -> manifest.Head:
+        """See ``Head``."""
+        return manifest.NoHead(document_bias=document_bias)
+
+    def logits(
+        self, _offsets: Mapping[str, Tensor], frozen: Mapping[str, Tensor], query_BD: Tensor
+    ) -> Tensor:
+        """See ``Head``."""
+        return linear(query_BD, frozen["documents"]) * self.logit_scale
+
+    def gradients(
+        self,
+        _offsets: Mapping[str, Tensor],
+        frozen: Mapping[str, Tensor],
+        _query_BD: Tensor,
+        logits_gradient_BN: Tensor,
+    ) -> tuple[Tensor, dict[str, PerExample]]:
+        """See ``Head``."""
+        return (logits_gradient_BN * self.logit_scale).mm(frozen["documents"]), {}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MapHead:
+    """Logit = logit_scale * <document, z + M z>, M (D x D) starting at zero."""
+
+    width: int
+    num_documents: int
+    logit_scale: float
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """See ``Head``."""
+        return {"head.map": (self.width, self.width)}
+
+    @property
+    def frozen_shapes(self) -> dict[str, tuple[int, ...]]:
+        """See ``Head``."""
+        return {"documents": (self.num_documents, self.width)}
+
+    def describe(self, *, document_bias: bool) -> manifest.Head:
+        """See ``Head``."""
+        return manifest.MapHead(document_bias=document_bias)
+
+    def logits(
+        self, offsets: Mapping[str, Tensor], frozen: Mapping[str, Tensor], query_BD: Tensor
+    ) -> Tensor:
+        """See ``Head``."""
+        mapped_BD = query_BD + linear(query_BD, offsets["head.map"])
+        return linear(mapped_BD, frozen["documents"]) * self.logit_scale
+
+    def gradients(
+        self,
+        offsets: Mapping[str, Tensor],
+        frozen: Mapping[str, Tensor],
+        query_BD: Tensor,
+        logits_gradient_BN: Tensor,
+    ) -> tuple[Tensor, dict[str, PerExample]]:
+        """See ``Head``."""
+        mapped_gradient_BD = (logits_gradient_BN * self.logit_scale).mm(frozen["documents"])
+        query_gradient_BD = mapped_gradient_BD + mapped_gradient_BD.mm(offsets["head.map"])
+        return query_gradient_BD, {"head.map": Outer(mapped_gradient_BD, query_BD)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CoreHead:
-    """Logit = logit_scale * <document, z + U M U^T z> + the document's bias.
+    """Logit = logit_scale * <document, z + U M U^T z>.
 
     ``U`` (``basis``, D x R) holds the documents' principal directions, ``M`` (``head.core``) is
-    trained, and so is the bias, which is in units of logits.
+    trained.
     """
 
     width: int
@@ -71,44 +152,43 @@ class CoreHead:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """See ``Head``."""
-        return {"head.core": (self.rank, self.rank), "head.bias": (self.num_documents,)}
+        return {"head.core": (self.rank, self.rank)}
 
     @property
-    def corpus_shapes(self) -> dict[str, tuple[int, ...]]:
+    def frozen_shapes(self) -> dict[str, tuple[int, ...]]:
         """See ``Head``."""
         return {
             "documents": (self.num_documents, self.width),
             "basis": (self.width, self.rank),
         }
 
-    def describe(self) -> manifest.Head:
+    def describe(self, *, document_bias: bool) -> manifest.Head:
         """See ``Head``."""
-        return manifest.CoreHead(rank=self.rank, document_bias=True)
+        return manifest.CoreHead(rank=self.rank, document_bias=document_bias)
 
     def logits(
-        self, offsets: Mapping[str, Tensor], corpus: Mapping[str, Tensor], query_BD: Tensor
+        self, offsets: Mapping[str, Tensor], frozen: Mapping[str, Tensor], query_BD: Tensor
     ) -> Tensor:
         """See ``Head``."""
-        inside_BR = linear(query_BD.mm(corpus["basis"]), offsets["head.core"])
-        mapped_BD = query_BD + linear(inside_BR, corpus["basis"])
-        return linear(mapped_BD, corpus["documents"]) * self.logit_scale + offsets["head.bias"]
+        inside_BR = linear(query_BD.mm(frozen["basis"]), offsets["head.core"])
+        mapped_BD = query_BD + linear(inside_BR, frozen["basis"])
+        return linear(mapped_BD, frozen["documents"]) * self.logit_scale
 
     def gradients(
         self,
         offsets: Mapping[str, Tensor],
-        corpus: Mapping[str, Tensor],
+        frozen: Mapping[str, Tensor],
         query_BD: Tensor,
         logits_gradient_BN: Tensor,
     ) -> tuple[Tensor, dict[str, PerExample]]:
         """See ``Head``."""
-        mapped_gradient_BD = (logits_gradient_BN * self.logit_scale).mm(corpus["documents"])
-        inside_gradient_BR = mapped_gradient_BD.mm(corpus["basis"])
+        mapped_gradient_BD = (logits_gradient_BN * self.logit_scale).mm(frozen["documents"])
+        inside_gradient_BR = mapped_gradient_BD.mm(frozen["basis"])
         query_gradient_BD = mapped_gradient_BD + linear(
-            inside_gradient_BR.mm(offsets["head.core"]), corpus["basis"]
+            inside_gradient_BR.mm(offsets["head.core"]), frozen["basis"]
         )
         return query_gradient_BD, {
-            "head.core": Outer(inside_gradient_BR, query_BD.mm(corpus["basis"])),
-            "head.bias": Direct(logits_gradient_BN),
+            "head.core": Outer(inside_gradient_BR, query_BD.mm(frozen["basis"]))
         }
 
 
@@ -126,30 +206,30 @@ class RowsHead:
         return {"head.rows": (self.num_documents, self.width)}
 
     @property
-    def corpus_shapes(self) -> dict[str, tuple[int, ...]]:
+    def frozen_shapes(self) -> dict[str, tuple[int, ...]]:
         """See ``Head``."""
         return {"documents": (self.num_documents, self.width)}
 
-    def describe(self) -> manifest.Head:
+    def describe(self, *, document_bias: bool) -> manifest.Head:
         """See ``Head``."""
-        return manifest.RowsHead(document_bias=False)
+        return manifest.RowsHead(document_bias=document_bias)
 
     def logits(
-        self, offsets: Mapping[str, Tensor], corpus: Mapping[str, Tensor], query_BD: Tensor
+        self, offsets: Mapping[str, Tensor], frozen: Mapping[str, Tensor], query_BD: Tensor
     ) -> Tensor:
         """See ``Head``."""
-        rows_ND = corpus["documents"] + offsets["head.rows"]
+        rows_ND = frozen["documents"] + offsets["head.rows"]
         return linear(query_BD, rows_ND) * self.logit_scale
 
     def gradients(
         self,
         offsets: Mapping[str, Tensor],
-        corpus: Mapping[str, Tensor],
+        frozen: Mapping[str, Tensor],
         query_BD: Tensor,
         logits_gradient_BN: Tensor,
     ) -> tuple[Tensor, dict[str, PerExample]]:
         """See ``Head``."""
-        rows_ND = corpus["documents"] + offsets["head.rows"]
+        rows_ND = frozen["documents"] + offsets["head.rows"]
         products_gradient_BN = logits_gradient_BN * self.logit_scale
         return products_gradient_BN.mm(rows_ND), {
             "head.rows": Outer(products_gradient_BN, query_BD)
