@@ -4,7 +4,8 @@
     taskset -c 0 python bench/step_time.py BUNDLE --threads 1 --clock cpu    # on a busy machine
 
 Eager is the plain backward pass of the same step with the better of the library's two
-attentions. The two sides take turns, so that a busy machine slows both; medians are printed.
+attentions. The sides take turns of a few calls, so that a busy machine slows all; medians are
+printed.
 The program clips per example, eager does not: the comparison is to the program's disadvantage.
 """
 
@@ -114,7 +115,7 @@ def main() -> None:
     best = min(found["eager attention"], found["sdpa attention"])
     print(
         f"{bundle.manifest.preset}, batch {options.batch}, length {options.length}, "
-        f"{options.threads} threads, {options.clock} time, medians of {options.repeats}:"
+        f"{options.threads} threads, {options.clock} time, medians over {options.repeats} turns:"
     )
     for name, seconds in found.items():
         print(f"  {name:16} {1000 * seconds:7.1f} ms")
