@@ -56,17 +56,21 @@ class Adapter(Protocol):
         ...
 
 
+class _WithoutFrozenInputs:
+    """Of an adapter whose initial values are constants."""
+
+    @property
+    def frozen_shapes(self) -> dict[str, tuple[int, ...]]:
+        """See ``Adapter``."""
+        return {}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NoAdapter:
+class NoAdapter(_WithoutFrozenInputs):
     """Soft embedding = embedding: nothing is trained before the blocks."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """See ``Adapter``."""
-        return {}
-
-    @property
-    def frozen_shapes(self) -> dict[str, tuple[int, ...]]:
         """See ``Adapter``."""
         return {}
 
@@ -92,7 +96,7 @@ class NoAdapter:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ScaleBiasAdapter:
+class ScaleBiasAdapter(_WithoutFrozenInputs):
     """Soft embedding = (1 + scale) * embedding + bias, per embedding dimension."""
 
     width: int
@@ -101,11 +105,6 @@ class ScaleBiasAdapter:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """See ``Adapter``."""
         return {"adapter.scale": (self.width,), "adapter.bias": (self.width,)}
-
-    @property
-    def frozen_shapes(self) -> dict[str, tuple[int, ...]]:
-        """See ``Adapter``."""
-        return {}
 
     def describe(self) -> manifest.Adapter:
         """See ``Adapter``."""
@@ -132,7 +131,7 @@ class ScaleBiasAdapter:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LinearAdapter:
+class LinearAdapter(_WithoutFrozenInputs):
     """Soft embedding = W embedding, W starting at the identity."""
 
     width: int
@@ -141,11 +140,6 @@ class LinearAdapter:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """See ``Adapter``."""
         return {"adapter.weight": (self.width, self.width)}
-
-    @property
-    def frozen_shapes(self) -> dict[str, tuple[int, ...]]:
-        """See ``Adapter``."""
-        return {}
 
     def describe(self) -> manifest.Adapter:
         """See ``Adapter``."""

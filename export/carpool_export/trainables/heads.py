@@ -56,22 +56,27 @@ class Head(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NoHead:
-    """Logit = logit_scale * <document, z>: nearest document, nothing is trained."""
+class _OverDocuments:
+    """What every head has: the documents' embeddings, frozen."""
 
     width: int
     num_documents: int
     logit_scale: float
 
     @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """See ``Head``."""
-        return {}
-
-    @property
     def frozen_shapes(self) -> dict[str, tuple[int, ...]]:
         """See ``Head``."""
         return {"documents": (self.num_documents, self.width)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoHead(_OverDocuments):
+    """Logit = logit_scale * <document, z>: nearest document, nothing is trained."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """See ``Head``."""
+        return {}
 
     def describe(self, *, document_bias: bool) -> manifest.Head:
         """See ``Head``."""
@@ -95,22 +100,13 @@ class NoHead:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MapHead:
+class MapHead(_OverDocuments):
     """Logit = logit_scale * <document, z + M z>, M (D x D) starting at zero."""
-
-    width: int
-    num_documents: int
-    logit_scale: float
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """See ``Head``."""
         return {"head.map": (self.width, self.width)}
-
-    @property
-    def frozen_shapes(self) -> dict[str, tuple[int, ...]]:
-        """See ``Head``."""
-        return {"documents": (self.num_documents, self.width)}
 
     def describe(self, *, document_bias: bool) -> manifest.Head:
         """See ``Head``."""
@@ -137,17 +133,14 @@ class MapHead:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CoreHead:
+class CoreHead(_OverDocuments):
     """Logit = logit_scale * <document, z + U M U^T z>.
 
     ``U`` (``basis``, D x R) holds the documents' principal directions, ``M`` (``head.core``) is
     trained.
     """
 
-    width: int
-    num_documents: int
     rank: int
-    logit_scale: float
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -157,10 +150,7 @@ class CoreHead:
     @property
     def frozen_shapes(self) -> dict[str, tuple[int, ...]]:
         """See ``Head``."""
-        return {
-            "documents": (self.num_documents, self.width),
-            "basis": (self.width, self.rank),
-        }
+        return super().frozen_shapes | {"basis": (self.width, self.rank)}
 
     def describe(self, *, document_bias: bool) -> manifest.Head:
         """See ``Head``."""
@@ -193,22 +183,13 @@ class CoreHead:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RowsHead:
+class RowsHead(_OverDocuments):
     """Logit = logit_scale * <w_d, z>, a trained row per document, starting at its embedding."""
-
-    width: int
-    num_documents: int
-    logit_scale: float
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """See ``Head``."""
         return {"head.rows": (self.num_documents, self.width)}
-
-    @property
-    def frozen_shapes(self) -> dict[str, tuple[int, ...]]:
-        """See ``Head``."""
-        return {"documents": (self.num_documents, self.width)}
 
     def describe(self, *, document_bias: bool) -> manifest.Head:
         """See ``Head``."""
