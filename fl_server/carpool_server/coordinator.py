@@ -8,8 +8,8 @@ import platform
 import secrets
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -122,10 +122,7 @@ def run_rounds(grid: Grid, job: Job, folder: RunFolder) -> RunResult:
         job.audit.reached(0, "checkpointed")
     else:
         _check_population(state.info, owners, data_id, folder.path)
-    with ExitStack() as stack:
-        ledger = _open_ledger(job, state.info, folder)
-        if ledger is not None:
-            stack.callback(ledger.close)
+    with _open_ledger(job, state.info, folder) as ledger:
         if state.info.round_number:
             _release(job, folder, state, ledger, refused={})
         for number in range(state.info.round_number + 1, job.config.rounds + 1):
@@ -151,10 +148,7 @@ def finished(job: Job, folder: RunFolder) -> RunResult:
     state = folder.state
     if state is None or not state.info.finished:
         raise CheckpointError(f"{folder.path}: expected a finished run.")
-    with ExitStack() as stack:
-        ledger = _open_ledger(job, state.info, folder)
-        if ledger is not None:
-            stack.callback(ledger.close)
+    with _open_ledger(job, state.info, folder) as ledger:
         _release(job, folder, state, ledger, refused={})
     return _result(folder, state, already_finished=True)
 
@@ -326,22 +320,22 @@ def _first_state(job: Job, owners: Owners, data_id: str | None) -> RunState:
     )
 
 
-def _open_ledger(job: Job, info: RunInfo, folder: RunFolder) -> Ledger | None:
+@contextmanager
+def _open_ledger(job: Job, info: RunInfo, folder: RunFolder) -> Iterator[Ledger | None]:
+    """The run's ledger, checked against its checkpoint; None in mode ``none``."""
     privacy = job.config.privacy
     if privacy.epsilon is None or privacy.delta is None:
-        return None
+        yield None
+        return
     ledger = Ledger(
         folder.path / LEDGER_NAME,
         run_id=info.run_id,
         epsilon=privacy.epsilon,
         delta=privacy.delta,
     )
-    try:
+    with closing(ledger):
         ledger.check_covers(info.round_number)
-    except BaseException:
-        ledger.close()
-        raise
-    return ledger
+        yield ledger
 
 
 def _check_population(info: RunInfo, owners: Owners, data_id: str | None, folder: Path) -> None:
