@@ -70,6 +70,14 @@ class Layout(Model):
         """SHA-256 of the canonical layout: equal ids mean interchangeable thetas."""
         return canonical_id(self.model_dump(mode="json"))
 
+    def for_documents(self, count: int) -> Layout:
+        """This layout over another catalogue: the last segment, a value per document, resized.
+
+        For programs whose ``values_per_document`` is 1.
+        """
+        *fixed, last = self.segments
+        return Layout(segments=(*fixed, last.model_copy(update={"shape": (count,)})))
+
     def slices(self) -> dict[str, slice]:
         """Each segment's place in theta, by name."""
         places, start = {}, 0

@@ -9,7 +9,7 @@ from pydantic import Field, StringConstraints, model_validator
 from carpool.schema import Model, Sha256, canonical_id
 from carpool.theta import Layout
 
-SCHEMA_VERSION: Literal[1] = 1
+SCHEMA_VERSION: Literal[2] = 2
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -44,28 +44,62 @@ class RuntimeRange(Model):
     below: str
 
 
+Dimension = Literal["batch", "length", "tokens", "documents", "values"]
+"""A size that a call chooses: rows, slots of a row, tokens of all rows together, documents, and
+theta's length, which grows with the documents by ``Program.values_per_document``."""
+
+
 class TensorSpec(Model):
-    """An input or output: its name, dtype, and shape ("batch", "length" where dynamic)."""
+    """An input or output: its name, dtype, and shape, with a ``Dimension`` where it is dynamic."""
 
     name: str
     dtype: Literal["float32", "int64"]
-    shape: tuple[PositiveInt | Literal["batch", "length"], ...]
+    shape: tuple[PositiveInt | Dimension, ...]
 
 
 class Method(Model):
-    """A method of the program: inputs and outputs in the order of the call."""
+    """A method of the program.
 
+    Attributes:
+        bounds: of each dimension that its calls choose, except ``values``.
+        inputs: in the order of the call.
+        outputs: in the order in which they are returned.
+    """
+
+    bounds: dict[Dimension, Range]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
+    @model_validator(mode="after")
+    def _bounds_every_dimension(self) -> Self:
+        used = {
+            size
+            for spec in (*self.inputs, *self.outputs)
+            for size in spec.shape
+            if isinstance(size, str)
+        }
+        if used - {"values"} != set(self.bounds):
+            raise ValueError(
+                f"expected bounds of {sorted(used - {'values'})}, got {sorted(self.bounds)}"
+            )
+        return self
+
 
 class Program(Model):
-    """The ``.pte`` and how it may be called."""
+    """The ``.pte`` and how it may be called.
+
+    Attributes:
+        file: its name.
+        runtime: what may run it.
+        values_per_document: how many of theta's values each document has of its own, where the
+            number of documents is dynamic; they are theta's last ones, a document after the
+            other.
+        methods: ``gradients``, ``scores`` and ``embed``, by name.
+    """
 
     file: FileName
     runtime: RuntimeRange
-    batch: Range
-    length: Range
+    values_per_document: Annotated[int, Field(ge=0)]
     methods: dict[str, Method]
 
 
@@ -84,7 +118,7 @@ class SourceModel(Model):
     name: str
     architecture: str
     hidden_size: PositiveInt
-    pooling: Literal["mean"]
+    pooling: Literal["mean", "cls", "last"]
     normalize: bool
     weights_sha256: Sha256
 
@@ -162,6 +196,7 @@ class Documents(Model):
         file: JSON lines ``{"id", "title", "text"}`` in the order of the scores.
         count: N.
         embedding_length: tokens of "title. text" that the document's embedding was made from.
+        prompt: what was put before it.
         corpus_file: safetensors with the program's frozen inputs: ``documents`` (float32, N x d),
             ``basis`` (float32, d x R; core head) and ``adapter_down`` (float32, d x R; low-rank
             adapter).
@@ -170,6 +205,7 @@ class Documents(Model):
     file: FileName
     count: PositiveInt
     embedding_length: PositiveInt
+    prompt: str
     corpus_file: FileName
 
 
@@ -178,32 +214,35 @@ class Tokenizer(Model):
 
     Attributes:
         file: Hugging Face ``tokenizer.json``; its own truncation and padding are ignored.
-        kind: the model type inside.
+        kind: the model type inside; BPE is over bytes.
+        query_prompt: put before every query.
         max_length: longer queries are cut to this many tokens, special ones included.
-        pad_id: fills a batch's shorter rows (with attention 0).
     """
 
     file: FileName
-    kind: Literal["WordPiece"]
+    kind: Literal["WordPiece", "BPE", "Unigram"]
+    query_prompt: str
     max_length: PositiveInt
-    pad_id: Annotated[int, Field(ge=0)]
 
 
 class Golden(Model):
     """One training step to replay, and how far its results may be off on this device.
 
     Attributes:
-        file: safetensors: the inputs by name, ``expected_loss``, ``expected_gradient``,
-            ``expected_scores``; its metadata holds ``texts`` (a JSON list), whose token ids
-            are ``input_ids``.
+        file: safetensors: all inputs by name, the frozen ones included (a small catalogue of
+            its own where the number of documents is dynamic), ``expected_loss``,
+            ``expected_gradient``, ``expected_scores`` and ``expected_embed``; its metadata
+            holds ``texts`` (a JSON list), whose packed tokens the query's inputs are.
         gradient_tolerance: largest absolute difference allowed, as a share of the largest
-            expected gradient; likewise the others of the loss and of the largest score.
+            expected gradient; likewise the others of the loss, of the largest score and of
+            the largest value of an embedding.
     """
 
     file: FileName
     gradient_tolerance: PositiveFloat
     loss_tolerance: PositiveFloat
     scores_tolerance: PositiveFloat
+    embed_tolerance: PositiveFloat
 
 
 class Parity(Model):
@@ -217,6 +256,7 @@ class Parity(Model):
     gradient_error: Annotated[float, Field(ge=0)]
     scores_error: Annotated[float, Field(ge=0)]
     loss_error: Annotated[float, Field(ge=0)]
+    embed_error: Annotated[float, Field(ge=0)]
     shapes: tuple[tuple[PositiveInt, PositiveInt], ...]
 
 
@@ -239,7 +279,7 @@ class Signature(Model):
 class Manifest(Model):
     """Everything about a bundle. Its id is the hash of all this but the signature."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     carpool_version: str
     preset: str
     model: SourceModel

@@ -26,6 +26,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from carpool.packing import PackedTokens
 from carpool.randomness import shuffled, words
 from carpool.recipe import LocalRecipe
 from carpool_device.tokenizer import QueryTokenizer
@@ -33,17 +34,15 @@ from carpool_device.tokenizer import QueryTokenizer
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batch:
-    """What one call of ``gradients`` is about; B rows, padded to T tokens.
+    """What one call of ``gradients`` is about.
 
     Attributes:
-        input_ids: int64, shape ``(B, T)``.
-        attention_mask: int64, shape ``(B, T)``; 0 on padding.
+        tokens: B queries.
         labels: int64, shape ``(B,)``; the right document's place in the catalogue.
         example_weights: float32, shape ``(B,)``; 1 / B in training; 0 makes a padding row.
     """
 
-    input_ids: NDArray[np.int64]
-    attention_mask: NDArray[np.int64]
+    tokens: PackedTokens
     labels: NDArray[np.int64]
     example_weights: NDArray[np.float32]
 
@@ -51,11 +50,9 @@ class Batch:
 def make_batch(
     tokenizer: QueryTokenizer, rows: Sequence[NDArray[np.int64]], labels: Sequence[int]
 ) -> Batch:
-    """Pads encoded queries to one rectangle and weights each row 1 / rows (in float32)."""
-    input_ids, attention_mask = tokenizer.pad(rows)
+    """Packs encoded queries and weights each 1 / rows (in float32)."""
     return Batch(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
+        tokens=tokenizer.pack(rows),
         labels=np.array(labels, dtype=np.int64),
         example_weights=np.full(len(rows), np.float32(1) / np.float32(len(rows)), np.float32),
     )

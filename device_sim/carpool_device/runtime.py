@@ -15,26 +15,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from carpool.bundle import Bundle
-from carpool.bundle.manifest import Method, Program, Range, RuntimeRange, TensorSpec
+from carpool.bundle.manifest import RuntimeRange
 from carpool.errors import DeviceError
+from carpool.packing import PackedTokens
 from carpool_device.batches import Batch
+from carpool_device.inputs import check_inputs
 from carpool_device.private import resize_thread_pool, start_thread_pool
 from carpool_device.tokenizer import QueryTokenizer
 
+_QUERY = {"token_ids", "token_rows", "token_positions", "slot_tokens"}
+_FROZEN = {"documents", "basis", "adapter_down"}
 _KNOWN_INPUTS = {
-    "gradients": {
-        "theta",
-        "documents",
-        "basis",
-        "input_ids",
-        "attention_mask",
-        "labels",
-        "example_weights",
-        "l2_clip_norm",
-    },
-    "scores": {"theta", "documents", "basis", "input_ids", "attention_mask"},
+    "gradients": {"theta", *_FROZEN, *_QUERY, "labels", "example_weights", "l2_clip_norm"},
+    "scores": {"theta", *_FROZEN, *_QUERY},
+    "embed": {"theta", *_FROZEN, *_QUERY},
 }
-_KNOWN_OUTPUTS = {"gradients": ("loss", "gradient"), "scores": ("scores",)}
+_KNOWN_OUTPUTS = {
+    "gradients": ("loss", "gradient"),
+    "scores": ("scores",),
+    "embed": ("embeddings",),
+}
+
+Floats = NDArray[np.float32]
 
 
 class DeviceProgram:
@@ -94,11 +96,16 @@ class DeviceProgram:
     @property
     def max_batch(self) -> int:
         """Most rows in one call."""
-        return self.bundle.manifest.program.batch.max
+        return self.bundle.manifest.program.methods["gradients"].bounds["batch"].max
 
     def gradients(
-        self, theta: NDArray[np.float32], batch: Batch, *, l2_clip_norm: float
-    ) -> tuple[float, NDArray[np.float32]]:
+        self,
+        theta: Floats,
+        batch: Batch,
+        *,
+        l2_clip_norm: float,
+        frozen: Mapping[str, Floats] | None = None,
+    ) -> tuple[float, Floats]:
         """Loss and gradient of one batch.
 
         Args:
@@ -106,6 +113,8 @@ class DeviceProgram:
             batch: within the manifest's bounds.
             l2_clip_norm: each example's gradient is first clipped to this L2 norm over theta;
                 positive. ``carpool.recipe.PLAIN_GRADIENT_CLIP`` gives the plain gradient.
+            frozen: the frozen inputs by name, instead of the bundle's own; with another number
+                of documents, theta has as many values more or less as the manifest says.
 
         Returns:
             The weighted sum of the examples' losses, and float32 of shape ``(P,)``: the
@@ -115,7 +124,7 @@ class DeviceProgram:
             ThetaError: theta does not fit the bundle's layout.
             DeviceError: an input is out of bounds, or the runtime failed.
         """
-        num_documents = len(self.document_index)
+        num_documents = len((self._frozen if frozen is None else frozen)["documents"])
         if batch.labels.size and not 0 <= batch.labels.min() <= batch.labels.max() < num_documents:
             raise DeviceError(
                 f"gradients: expected labels in [0, {num_documents}), got "
@@ -123,13 +132,12 @@ class DeviceProgram:
             )
         if not 0 < l2_clip_norm < np.inf:
             raise DeviceError(f"gradients: expected l2_clip_norm > 0, got {l2_clip_norm}.")
-        input_ids, attention_mask = self._at_least_shortest(batch.input_ids, batch.attention_mask)
         outputs = self._call(
             "gradients",
             theta,
+            batch.tokens,
+            frozen,
             {
-                "input_ids": input_ids,
-                "attention_mask": attention_mask,
                 "labels": batch.labels,
                 "example_weights": batch.example_weights,
                 "l2_clip_norm": np.array([l2_clip_norm], dtype=np.float32),
@@ -138,17 +146,14 @@ class DeviceProgram:
         return float(outputs["loss"].reshape(-1)[0]), outputs["gradient"]
 
     def scores(
-        self,
-        theta: NDArray[np.float32],
-        input_ids: NDArray[np.int64],
-        attention_mask: NDArray[np.int64],
-    ) -> NDArray[np.float32]:
+        self, theta: Floats, tokens: PackedTokens, *, frozen: Mapping[str, Floats] | None = None
+    ) -> Floats:
         """Every document's score for each query; the higher, the better.
 
         Args:
             theta: float32, shape ``(P,)``.
-            input_ids: int64, shape ``(B, T)``, within the manifest's bounds.
-            attention_mask: int64, shape ``(B, T)``.
+            tokens: B queries, within the manifest's bounds.
+            frozen: as for ``gradients``.
 
         Returns:
             float32, shape ``(B, N)``, in the catalogue's order.
@@ -157,15 +162,32 @@ class DeviceProgram:
             ThetaError: theta does not fit the bundle's layout.
             DeviceError: an input is out of bounds, or the runtime failed.
         """
-        input_ids, attention_mask = self._at_least_shortest(input_ids, attention_mask)
-        outputs = self._call(
-            "scores", theta, {"input_ids": input_ids, "attention_mask": attention_mask}
-        )
-        return outputs["scores"]
+        return self._call("scores", theta, tokens, frozen, {})["scores"]
+
+    def embed(
+        self, theta: Floats, tokens: PackedTokens, *, frozen: Mapping[str, Floats] | None = None
+    ) -> Floats:
+        """The texts' embeddings, after the adapter and before the head.
+
+        With them an app can rank texts of its own. At theta = 0 they are the untrained model's.
+
+        Args:
+            theta: float32, shape ``(P,)``.
+            tokens: B texts, within the manifest's bounds, which are wider than for queries.
+            frozen: as for ``gradients``.
+
+        Returns:
+            float32, shape ``(B, d)``, each row of length 1 if the model normalises.
+
+        Raises:
+            ThetaError: theta does not fit the bundle's layout.
+            DeviceError: an input is out of bounds, or the runtime failed.
+        """
+        return self._call("embed", theta, tokens, frozen, {})["embeddings"]
 
     def score_rows(
-        self, theta: NDArray[np.float32], rows: Sequence[NDArray[np.int64]]
-    ) -> Iterator[tuple[list[int], NDArray[np.float32]]]:
+        self, theta: Floats, rows: Sequence[NDArray[np.int64]]
+    ) -> Iterator[tuple[list[int], Floats]]:
         """Scores any number of encoded queries, in batches of like length.
 
         Args:
@@ -179,31 +201,26 @@ class DeviceProgram:
         order = sorted(range(len(rows)), key=lambda i: rows[i].size)
         for start in range(0, len(order), self.max_batch):
             places = order[start : start + self.max_batch]
-            yield places, self.scores(theta, *self.tokenizer.pad([rows[i] for i in places]))
-
-    def _at_least_shortest(
-        self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Adds padding columns up to the shortest length that the program takes."""
-        missing = self.bundle.manifest.program.length.min - input_ids.shape[-1]
-        if missing <= 0:
-            return input_ids, attention_mask
-        width = [(0, 0)] * (input_ids.ndim - 1) + [(0, missing)]
-        return (
-            np.pad(input_ids, width, constant_values=self.tokenizer.pad_id),
-            np.pad(attention_mask, width),
-        )
+            yield places, self.scores(theta, self.tokenizer.pack([rows[i] for i in places]))
 
     def _call(
-        self, name: str, theta: NDArray[np.float32], values: Mapping[str, NDArray[Any]]
-    ) -> dict[str, NDArray[np.float32]]:
+        self,
+        name: str,
+        theta: Floats,
+        tokens: PackedTokens,
+        frozen: Mapping[str, Floats] | None,
+        values: Mapping[str, NDArray[Any]],
+    ) -> dict[str, Floats]:
         import torch  # noqa: PLC0415  seconds to import; commands that run nothing skip it
 
         manifest = self.bundle.manifest
-        manifest.layout.check(theta, source=f"{name}: theta")
-        available = {"theta": theta, **self._frozen, **values}
+        if frozen is None:
+            manifest.layout.check(theta, source=f"{name}: theta")
+        else:
+            self._check_values(name, theta, frozen)
+        available = {"theta": theta, **(frozen or self._frozen), **tokens.named(), **values}
         method = manifest.program.methods[name]
-        arrays = check_inputs(name, method, available, program=manifest.program)
+        arrays = check_inputs(name, method, available)
         tensors = [torch.from_numpy(np.require(a, requirements=["C", "W"])) for a in arrays]
         with self._lock:
             try:
@@ -224,6 +241,17 @@ class DeviceProgram:
                 spec.name: np.array(result.numpy(), dtype=np.float32, copy=True)
                 for spec, result in zip(method.outputs, results, strict=True)
             }
+
+    def _check_values(self, name: str, theta: Floats, frozen: Mapping[str, Floats]) -> None:
+        """Whether theta is as long as another catalogue makes it."""
+        manifest = self.bundle.manifest
+        more = len(frozen["documents"]) - manifest.documents.count
+        expected = manifest.layout.num_values + more * manifest.program.values_per_document
+        if theta.shape != (expected,):
+            raise DeviceError(
+                f"{name}: expected a theta of {expected} values for "
+                f"{len(frozen['documents'])} documents, got shape {theta.shape}."
+            )
 
 
 def use_threads(count: int) -> None:
@@ -246,59 +274,6 @@ def use_threads(count: int) -> None:
         )
     _runtime()
     resize_thread_pool(count)
-
-
-def check_inputs(
-    name: str, method: Method, available: Mapping[str, NDArray[Any]], *, program: Program
-) -> list[NDArray[Any]]:
-    """The method's inputs in the order of the call, each compared with the manifest.
-
-    Args:
-        name: of the method, for messages.
-        method: its inputs' specifications.
-        available: arrays by input name; those that the method does not take are left out.
-        program: whose bounds on batch and length hold.
-
-    Raises:
-        DeviceError: an input is missing or of another dtype or shape, or batch or length are
-            out of bounds or differ between inputs.
-    """
-    bounds = {"batch": program.batch, "length": program.length}
-    bound_to: dict[str, int] = {}
-    arrays = []
-    for spec in method.inputs:
-        array = available.get(spec.name)
-        if array is None:
-            raise DeviceError(f"{name}: expected an input {spec.name!r}, got none.")
-        if array.dtype != spec.dtype or array.ndim != len(spec.shape):
-            raise _wrong_input(name, spec, array)
-        for size, wanted in zip(array.shape, spec.shape, strict=True):
-            if isinstance(wanted, int):
-                if size != wanted:
-                    raise _wrong_input(name, spec, array)
-                continue
-            _check_bound(name, wanted, size, bounds[wanted])
-            if bound_to.setdefault(wanted, size) != size:
-                raise DeviceError(
-                    f"{name}: expected one {wanted} in all inputs, got {bound_to[wanted]} and "
-                    f"{size} ({spec.name})."
-                )
-        arrays.append(array)
-    return arrays
-
-
-def _check_bound(name: str, dimension: str, size: int, bound: Range) -> None:
-    if not bound.min <= size <= bound.max:
-        raise DeviceError(
-            f"{name}: expected a {dimension} of {bound.min} to {bound.max}, got {size}."
-        )
-
-
-def _wrong_input(name: str, spec: TensorSpec, array: NDArray[Any]) -> DeviceError:
-    shape = ", ".join(str(part) for part in spec.shape)
-    return DeviceError(
-        f"{name}: expected {spec.name} of {spec.dtype} ({shape}), got {array.dtype} {array.shape}."
-    )
 
 
 def check_runtime_version(found: str, allowed: RuntimeRange) -> None:

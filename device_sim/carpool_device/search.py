@@ -35,7 +35,7 @@ def search(
         DeviceError: the runtime failed.
     """
     rows = program.tokenizer.encode([query])
-    scores = program.scores(theta, *program.tokenizer.pad(rows))[0]
+    scores = program.scores(theta, program.tokenizer.pack(rows))[0]
     documents = program.documents
     return [
         Hit(document=documents[place], score=float(scores[place]))

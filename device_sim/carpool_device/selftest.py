@@ -18,7 +18,7 @@ class Check:
     """One comparison with the golden step.
 
     Attributes:
-        name: ``"loss"``, ``"gradient"`` or ``"scores"``.
+        name: ``"loss"``, ``"gradient"``, ``"scores"`` or ``"embed"``.
         error: largest absolute difference, as a share of the largest expected value.
         tolerance: the manifest's.
     """
@@ -37,16 +37,17 @@ def replay_golden_step(program: DeviceProgram) -> list[Check]:
     """Replays the bundle's golden step on this device and measures how far off it is.
 
     The token ids are made from the step's texts by this device's tokenizer and must be equal;
-    loss, gradient and scores have the manifest's tolerances. The result is returned whether
+    all results have the manifest's tolerances. The result is returned whether
     or not it passed; ``require_passed`` decides.
 
     Raises:
         DeviceError: the token ids differ, or the golden step lacks an array.
     """
     arrays, texts = program.bundle.golden()
-    expected = {name: _array(arrays, name, program) for name in _NAMES}
-    input_ids, attention_mask = program.tokenizer.pad(program.tokenizer.encode(texts))
-    for name, found in (("input_ids", input_ids), ("attention_mask", attention_mask)):
+    frozen_names = tuple(program.bundle.corpus())
+    expected = {name: _array(arrays, name, program) for name in (*_NAMES, *frozen_names)}
+    tokens = program.tokenizer.pack(program.tokenizer.encode(texts))
+    for name, found in tokens.named().items():
         if not np.array_equal(found, expected[name]):
             raise DeviceError(
                 f"{program.bundle.tokenizer_path}: expected the golden step's {name} of shape "
@@ -54,20 +55,22 @@ def replay_golden_step(program: DeviceProgram) -> list[Check]:
                 f"{found.shape}). This device's tokenizer differs from the exporter's."
             )
     theta = expected["theta"].astype(np.float32, copy=False)
+    frozen = {name: expected[name].astype(np.float32, copy=False) for name in frozen_names}
     batch = Batch(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
+        tokens=tokens,
         labels=expected["labels"].astype(np.int64, copy=False),
         example_weights=expected["example_weights"].astype(np.float32, copy=False),
     )
     clip = float(expected["l2_clip_norm"].reshape(-1)[0])
-    loss, gradient = program.gradients(theta, batch, l2_clip_norm=clip)
-    scores = program.scores(theta, input_ids, attention_mask)
+    loss, gradient = program.gradients(theta, batch, l2_clip_norm=clip, frozen=frozen)
+    scores = program.scores(theta, tokens, frozen=frozen)
+    embeddings = program.embed(theta, tokens, frozen=frozen)
     golden = program.bundle.manifest.golden
     return [
         _check("loss", np.array([loss]), expected["expected_loss"], golden.loss_tolerance),
         _check("gradient", gradient, expected["expected_gradient"], golden.gradient_tolerance),
         _check("scores", scores, expected["expected_scores"], golden.scores_tolerance),
+        _check("embed", embeddings, expected["expected_embed"], golden.embed_tolerance),
     ]
 
 
@@ -88,14 +91,17 @@ def require_passed(checks: list[Check], *, program: DeviceProgram) -> None:
 
 _NAMES = (
     "theta",
-    "input_ids",
-    "attention_mask",
+    "token_ids",
+    "token_rows",
+    "token_positions",
+    "slot_tokens",
     "labels",
     "example_weights",
     "l2_clip_norm",
     "expected_loss",
     "expected_gradient",
     "expected_scores",
+    "expected_embed",
 )
 
 

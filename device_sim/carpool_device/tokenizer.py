@@ -10,29 +10,30 @@ from tokenizers import Tokenizer
 
 from carpool.bundle import Bundle
 from carpool.errors import DeviceError
+from carpool.packing import PackedTokens, pack
 
 
 class QueryTokenizer:
-    """The bundle's ``tokenizer.json`` with carpool's own cutting and padding.
+    """The bundle's ``tokenizer.json`` with carpool's own cutting.
 
     A ``tokenizer.json`` may bring truncation and padding of its own; both are switched off,
     because only the manifest's are the same on every device.
 
     Attributes:
         max_length: most tokens of a query, special ones included.
-        min_length: a batch is padded to at least this many tokens: the program's lower bound.
-        pad_id: fills the shorter rows, with attention 0.
+        min_length: fewest slots of a batch: the program's lower bound.
+        prompt: put before every query.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, *, max_length: int, min_length: int, pad_id: int
+        self, tokenizer: Tokenizer, *, max_length: int, min_length: int, prompt: str = ""
     ) -> None:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         self.max_length = max_length
         self.min_length = min_length
-        self.pad_id = pad_id
+        self.prompt = prompt
 
     @classmethod
     def from_bundle(cls, bundle: Bundle) -> QueryTokenizer:
@@ -50,23 +51,26 @@ class QueryTokenizer:
         kind = type(tokenizer.model).__name__
         if kind != manifest.tokenizer.kind:
             raise DeviceError(f"{path}: expected kind {manifest.tokenizer.kind}, got {kind}.")
-        if manifest.tokenizer.max_length > manifest.program.length.max:
+        length = manifest.program.methods["gradients"].bounds["length"]
+        if manifest.tokenizer.max_length > length.max:
             raise DeviceError(
-                f"{bundle.path}: expected queries of at most {manifest.program.length.max} tokens, "
+                f"{bundle.path}: expected queries of at most {length.max} tokens, "
                 f"which the program takes, got a tokenizer that cuts at "
                 f"{manifest.tokenizer.max_length}. Export the bundle again."
             )
         return cls(
             tokenizer,
             max_length=manifest.tokenizer.max_length,
-            min_length=manifest.program.length.min,
-            pad_id=manifest.tokenizer.pad_id,
+            min_length=length.min,
+            prompt=manifest.tokenizer.query_prompt,
         )
 
-    def encode(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
-        """Token ids of each text, special tokens included, not padded.
+    def encode(
+        self, texts: Sequence[str], *, prompt: str | None = None, max_length: int | None = None
+    ) -> list[NDArray[np.int64]]:
+        """Token ids of each text, after the prompt, special tokens included, not padded.
 
-        Guarantees: at most ``max_length`` ids each. A longer text loses its last ordinary
+        Guarantees: at most ``max_length`` ids each, by default the attribute's, as is the prompt. A longer text loses its last ordinary
         tokens and keeps the special ones around it (as transformers' ``truncation=True``
         does). Any string works: unpaired surrogates, which no UTF-8 can carry, count as
         U+FFFD.
@@ -77,33 +81,24 @@ class QueryTokenizer:
         Raises:
             DeviceError: a text gives no token at all (only where the tokenizer adds none).
         """
-        encodings = self._tokenizer.encode_batch([_as_unicode(text) for text in texts])
+        most = self.max_length if max_length is None else max_length
+        before = self.prompt if prompt is None else prompt
+        encodings = self._tokenizer.encode_batch([_as_unicode(before + text) for text in texts])
         rows = []
         for place, encoding in enumerate(encodings):
             ids = np.array(encoding.ids, dtype=np.int64)
             if not ids.size:
                 raise DeviceError(f"text {place + 1} of {len(texts)}: expected a token, got none.")
-            if ids.size > self.max_length:
+            if ids.size > most:
                 special = np.array(encoding.special_tokens_mask, dtype=np.bool_)
-                room = self.max_length - int(special.sum())
+                room = most - int(special.sum())
                 ids = ids[special | (np.cumsum(~special) <= room)]
             rows.append(ids)
         return rows
 
-    def pad(self, rows: Sequence[NDArray[np.int64]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Rows of ids as one rectangle, as long as its longest row and at least ``min_length``.
-
-        Returns:
-            ``input_ids`` and ``attention_mask``: int64, shape ``(len(rows), length)``; the
-            mask is 1 on a row's own tokens and 0 on padding.
-        """
-        length = max([self.min_length, *(row.size for row in rows)])
-        input_ids = np.full((len(rows), length), self.pad_id, dtype=np.int64)
-        attention_mask = np.zeros((len(rows), length), dtype=np.int64)
-        for i, row in enumerate(rows):
-            input_ids[i, : row.size] = row
-            attention_mask[i, : row.size] = 1
-        return input_ids, attention_mask
+    def pack(self, rows: Sequence[NDArray[np.int64]]) -> PackedTokens:
+        """Rows of ids as the program takes them: ``carpool.packing.pack``."""
+        return pack(rows, min_length=self.min_length)
 
 
 def _as_unicode(text: str) -> str:

@@ -24,7 +24,8 @@ def register(app: typer.Typer) -> None:
 
 def export(
     model: Annotated[
-        str, typer.Argument(help="A sentence-transformers folder, or an installed model package.")
+        str,
+        typer.Argument(help="A model folder, an installed model package, or a hub id owner/name."),
     ],
     documents: Annotated[Path, typer.Argument(help="JSON lines: id, title, text.")],
     out: Annotated[Path, typer.Argument(help="Where the bundle shall be; must not exist.")],
@@ -53,6 +54,19 @@ def export(
         int | None,
         typer.Option(help="Most directions that a core head maps within; 128 by default."),
     ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Of a hub id: a branch, a tag or a commit.")
+    ] = None,
+    pooling: Annotated[
+        str | None,
+        typer.Option(help="Of a folder without modules.json: mean, cls or last."),
+    ] = None,
+    query_prompt: Annotated[
+        str | None, typer.Option(help="Put before every query, instead of the model's own.")
+    ] = None,
+    document_prompt: Annotated[
+        str | None, typer.Option(help="Put before every document, instead of the model's own.")
+    ] = None,
     logit_scale: Annotated[float, typer.Option(help="Logits per unit of cosine.")] = 20.0,
     document_length: Annotated[
         int, typer.Option(help="Tokens of a document that its embedding is made from.")
@@ -61,6 +75,9 @@ def export(
     max_length: Annotated[
         int, typer.Option(help="Most tokens in a row. Memory is planned for it.")
     ] = 64,
+    max_documents: Annotated[
+        int, typer.Option(help="Most documents, for heads that take any number.")
+    ] = 100_000,
     scale: Annotated[
         list[str] | None,
         typer.Option(help="SEGMENT=NUMBER: parameter units per unit of theta. Repeatable."),
@@ -100,10 +117,15 @@ def export(
     )
     settings = ExportSettings(
         kinds=kinds,
+        revision=revision,
+        pooling=pooling,  # type: ignore[arg-type]  # checked there
+        query_prompt=query_prompt,
+        document_prompt=document_prompt,
         logit_scale=logit_scale,
         document_length=document_length,
         max_batch=max_batch,
         max_length=max_length,
+        max_documents=max_documents,
         scales=dict(_parse_scale(text) for text in scale or []),
         licence=model_licence,
         notices=tuple(read_notice(path) for path in notice or []),

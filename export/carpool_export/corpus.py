@@ -1,21 +1,21 @@
 # ruff: noqa: N803  shape suffixes: the legend stands in the docstring
 """The catalogue as the program sees it: an embedding per document, and their directions.
 
-Shapes: N documents, D embedding dimension, R directions.
+Shapes: C documents, D embedding dimension, R directions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from torch.nn import functional
-from transformers import PreTrainedModel
 
-_BATCH = 16
+from carpool.packing import pack
+from carpool_export.methods import MIN_LENGTH
+from carpool_export.runner import LoadedProgram
 
 
 def load_tokenizer(path: Path, *, max_length: int) -> Tokenizer:
@@ -26,53 +26,48 @@ def load_tokenizer(path: Path, *, max_length: int) -> Tokenizer:
     return tokenizer
 
 
-def pad(rows: Sequence[Sequence[int]], *, pad_id: int, min_length: int) -> tuple[Tensor, Tensor]:
-    """Token ids and mask, int64 ``(rows, longest row or min_length)``, padding at the end."""
-    length = max(min_length, *(len(row) for row in rows))
-    ids = torch.full((len(rows), length), pad_id, dtype=torch.int64)
-    mask = torch.zeros((len(rows), length), dtype=torch.int64)
-    for index, row in enumerate(rows):
-        ids[index, : len(row)] = torch.tensor(row, dtype=torch.int64)
-        mask[index, : len(row)] = 1
-    return ids, mask
+def encode_rows(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text, special ones included."""
+    return [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
 
 
 def embed_passages(
-    model: PreTrainedModel,
+    program: LoadedProgram,
     tokenizer: Tokenizer,
     passages: Sequence[str],
     *,
-    pad_id: int,
+    untrained: Mapping[str, Tensor],
+    max_batch: int,
 ) -> Tensor:
-    """Mean-pooled embeddings of length 1 by the untrained model: float32 ``(N, D)``.
+    """The passages' embeddings by the program itself, untrained: float32 ``(C, D)``.
 
     Args:
-        model: with one of the library's own attentions.
+        program: with the method ``embed``.
         tokenizer: cuts the passages.
         passages: in the order of the rows.
-        pad_id: the model's padding token.
+        untrained: theta of zeros, and the adapter's frozen inputs.
+        max_batch: most rows in a call.
     """
-    rows = [tokenizer.encode(passage).ids for passage in passages]
-    by_length = sorted(range(len(rows)), key=lambda index: len(rows[index]))  # little padding
-    embeddings = torch.zeros(len(rows), int(model.config.hidden_size))
-    for start in range(0, len(rows), _BATCH):
-        places = by_length[start : start + _BATCH]
-        ids, mask = pad([rows[place] for place in places], pad_id=pad_id, min_length=1)
-        with torch.no_grad():
-            states = model(input_ids=ids, attention_mask=mask).last_hidden_state
-        real = mask.unsqueeze(-1).to(states.dtype)
-        mean = (states * real).sum(1) / real.sum(1)
-        embeddings[torch.tensor(places)] = functional.normalize(mean, dim=-1)
+    rows = encode_rows(tokenizer, passages)
+    by_length = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    parts = []
+    for start in range(0, len(rows), max_batch):
+        chosen = [torch.tensor(rows[place]).numpy() for place in by_length[start:][:max_batch]]
+        tokens = pack(chosen, min_length=MIN_LENGTH).named()
+        query = {name: torch.from_numpy(array) for name, array in tokens.items()}
+        parts.extend(program.call("embed", {**untrained, **query}))
+    embeddings = torch.cat(parts)
+    embeddings[torch.tensor(by_length)] = embeddings.clone()
     return embeddings
 
 
-def principal_directions(rows_ND: Tensor, *, rank: int) -> Tensor:
+def principal_directions(rows_CD: Tensor, *, rank: int) -> Tensor:
     """The first ``rank`` right singular vectors of the rows: float32 ``(D, R)``.
 
     Guarantees: orthonormal columns; each column's entry of largest magnitude is positive, so
     the same rows give the same signs.
     """
-    _, _, right = torch.linalg.svd(rows_ND.double(), full_matrices=False)
+    _, _, right = torch.linalg.svd(rows_CD.double(), full_matrices=False)
     basis = right[:rank].T
     largest = basis.gather(0, basis.abs().argmax(dim=0, keepdim=True))
     signed: Tensor = basis * largest.sign()

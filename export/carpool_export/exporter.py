@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.export import Dim
-from transformers import PreTrainedModel
 
 from carpool.bundle import Bundle, finish_bundle, staging_folder
 from carpool.bundle import manifest as schema
@@ -23,13 +21,27 @@ from carpool.errors import ExportError
 from carpool.theta import write_theta, zero_theta
 from carpool_export import golden
 from carpool_export.corpus import embed_passages, load_tokenizer, principal_directions
-from carpool_export.lowering import MethodToLower, lower
-from carpool_export.model import Encoder, load_model
+from carpool_export.lowering import lower
+from carpool_export.methods import (
+    MIN_DOCUMENTS,
+    MIN_LENGTH,
+    Bounds,
+    describe_methods,
+    methods_to_lower,
+)
+from carpool_export.model import (
+    EAGER_ATTENTION,
+    PACKED_ATTENTION,
+    Pooling,
+    build_encoder,
+    load_model,
+)
 from carpool_export.parity import GRADIENT_GATE, check_parity, gate_shapes
 from carpool_export.program import StepFunctions
 from carpool_export.reference import Reference
 from carpool_export.runner import LoadedProgram
 from carpool_export.source import ModelSource, open_source
+from carpool_export.source.chain import Prompts
 from carpool_export.trainables import (
     PRESETS,
     Kinds,
@@ -38,17 +50,15 @@ from carpool_export.trainables import (
     preset_name,
 )
 
-MIN_LENGTH = 2
-"""Fewest tokens in a batch: torch.export takes 1 for a constant."""
-
 RUNTIME = schema.RuntimeRange(at_least="1.5.0", below="1.6.0")
 
 STAGES = (
     "reading the model",
-    "embedding the documents",
     "tracing gradients",
     "tracing scores",
-    "lowering gradients and scores",
+    "tracing embed",
+    "lowering gradients and scores and embed",
+    "embedding the documents",
     "comparing with eager PyTorch",
     "writing",
 )
@@ -61,20 +71,30 @@ class ExportSettings:
 
     Attributes:
         kinds: what is trained.
+        revision: of a model that is a hub id.
+        pooling: of a model that does not say itself.
+        query_prompt: put before every query, instead of the model's own.
+        document_prompt: likewise before every document.
         logit_scale: logits per unit of cosine.
         document_length: tokens of a document that its embedding is made from.
         max_batch: most rows in a call.
         max_length: most tokens in a row; the program's memory is planned for it.
+        max_documents: of the catalogue, where the head takes any number.
         scales: by segment of theta, instead of the preset's.
         licence: of the model, instead of what its model card states.
         notices: texts that must go with the documents; ``NOTICE`` beside their file if empty.
     """
 
     kinds: Kinds = PRESETS["small"]
+    revision: str | None = None
+    pooling: Pooling | None = None
+    query_prompt: str | None = None
+    document_prompt: str | None = None
     logit_scale: float = 20.0
     document_length: int = 128
     max_batch: int = 8
     max_length: int = 64
+    max_documents: int = 100_000
     scales: Mapping[str, float] = dataclasses.field(default_factory=dict)
     licence: str | None = None
     notices: tuple[str, ...] = ()
@@ -106,98 +126,62 @@ def export_bundle(
         CorpusError: a malformed documents file.
         BundleError: ``destination`` is there already.
     """
-    source = open_source(model)
+    source = open_source(model, revision=settings.revision, pooling=settings.pooling)
+    source = dataclasses.replace(source, prompts=_prompts(source, settings))
     documents = read_documents(documents_path)
-    _check_settings(settings, source)
+    _check_settings(settings, source, num_documents=len(documents))
     licences = _licences(source, documents_path, settings)
     trainables = build_trainables(
         settings.kinds,
-        width=source.hidden_size,
+        width=source.width,
+        token_width=source.token_width,
         num_documents=len(documents),
         logit_scale=settings.logit_scale,
         scales=settings.scales,
     )
     with staging_folder(destination) as staging:
         announce(STAGES[0])
-        eager = load_model(source.folder, attention="eager")
-        announce(STAGES[1])
-        corpus = _corpus(eager, source, documents, trainables=trainables, settings=settings)
+        eager = load_model(source.folder, attention=EAGER_ATTENTION)
+        packed = load_model(source.folder, attention=PACKED_ATTENTION)
+        encoder = build_encoder(packed, eager, source.readout)
+        functions = StepFunctions(encoder=encoder, trainables=trainables)
+        methods = describe_methods(functions, _bounds(settings))
+        path = staging / "program.pte"
+        path.write_bytes(lower(methods_to_lower(functions, methods), progress=announce))
+        program = LoadedProgram(path, methods)
+        announce(STAGES[5])
+        corpus = _corpus(program, functions, source, documents, settings=settings)
+        announce(STAGES[6])
         reference = Reference(
             model=eager.double(),
             layout=trainables.layout,
+            readout=source.readout,
             logit_scale=settings.logit_scale,
             corpus=corpus,
         )
-        functions = StepFunctions(
-            encoder=Encoder(load_model(source.folder, attention="carpool_bmm")),
-            trainables=trainables,
-        )
-        program = staging / "program.pte"
-        program.write_bytes(lower(methods_to_lower(functions, settings), progress=announce))
-        announce(STAGES[5])
         shapes = gate_shapes(max_batch=settings.max_batch, max_length=settings.max_length)
         measured = check_parity(
-            LoadedProgram(program, ("gradients", "scores")),
+            program,
             reference,
             shapes=shapes,
+            embed_length=_bounds(settings).embed_length,
+            catalogues=_other_catalogues(trainables, width=source.width),
             vocabulary=source.vocabulary,
         )
-        announce(STAGES[6])
-        _write_files(staging, source, documents, reference, settings)
+        announce(STAGES[7])
+        _write_files(staging, source, documents, reference, trainables, settings)
         parity = schema.Parity(
             gate=GRADIENT_GATE,
             gradient_error=measured.gradient,
             scores_error=measured.scores,
             loss_error=measured.loss,
+            embed_error=measured.embed,
             shapes=tuple(shapes),
         )
-        fields = _manifest_fields(source, documents, trainables, settings)
+        fields = _manifest_fields(source, documents, functions, methods, settings)
         return finish_bundle(
             staging, destination, fields | {"parity": parity, "licences": licences}
         )
-
-
-def methods_to_lower(
-    functions: StepFunctions, settings: ExportSettings
-) -> dict[str, MethodToLower]:
-    """The program's methods with example inputs of sizes that nothing else here has."""
-    batch = Dim("batch", min=1, max=settings.max_batch)
-    length = Dim("length", min=MIN_LENGTH, max=settings.max_length)
-    frozen_shapes = functions.trainables.frozen_shapes.values()
-    taken = {size for shape in frozen_shapes for size in shape}
-    rows = _example_size(settings.max_batch, taken)
-    tokens = _example_size(settings.max_length, taken | {rows})
-    frozen = (
-        torch.zeros(functions.trainables.layout.num_values),
-        *(torch.zeros(shape) for shape in frozen_shapes),
-    )
-    # Tensors of their own: the tracer takes one that is given twice for one input.
-    query = tuple(torch.ones(rows, tokens, dtype=torch.int64) for _ in range(2))
-    query_dims: tuple[dict[int, Any] | None, ...] = ({0: batch, 1: length}, {0: batch, 1: length})
-    return {
-        "gradients": MethodToLower(
-            function=functions.gradients,
-            example_inputs=(
-                *frozen,
-                *query,
-                torch.zeros(rows, dtype=torch.int64),
-                torch.ones(rows),
-                torch.ones(1),
-            ),
-            dynamic_shapes=(
-                *(None for _ in frozen),
-                *query_dims,
-                {0: batch},
-                {0: batch},
-                None,
-            ),
-        ),
-        "scores": MethodToLower(
-            function=functions.scores,
-            example_inputs=(*frozen, *query),
-            dynamic_shapes=(*(None for _ in frozen), *query_dims),
-        ),
-    }
 
 
 def read_notice(path: Path) -> str:
@@ -212,18 +196,36 @@ def read_notice(path: Path) -> str:
         raise ExportError(f"notice {path}: expected a text file, got: {error}") from error
 
 
-def _example_size(bound: int, taken: set[int]) -> int:
-    """A size up to the bound that the tracer cannot mistake for another: equal ones are tied."""
-    for size in range(bound, 1, -1):
-        if size not in taken:
-            return size
-    raise ExportError(
-        f"no size between 2 and {bound} differs from the model's own ({sorted(taken)}); "
-        "expected a larger --max-batch or --max-length."
+def _prompts(source: ModelSource, settings: ExportSettings) -> Prompts:
+    query, document = settings.query_prompt, settings.document_prompt
+    return Prompts(
+        query=source.prompts.query if query is None else query,
+        document=source.prompts.document if document is None else document,
     )
 
 
-def _check_settings(settings: ExportSettings, source: ModelSource) -> None:
+def _bounds(settings: ExportSettings) -> Bounds:
+    return Bounds(
+        batch=settings.max_batch,
+        length=settings.max_length,
+        embed_length=max(settings.max_length, settings.document_length),
+        documents=settings.max_documents,
+    )
+
+
+def _other_catalogues(trainables: Trainables, *, width: int) -> list[Tensor]:
+    """The smallest and a larger one, where the program takes any."""
+    if not trainables.any_catalogue:
+        return []
+    generator = torch.Generator().manual_seed(0)
+    sizes = (MIN_DOCUMENTS, 2 * trainables.num_documents + 1)
+    return [
+        torch.nn.functional.normalize(torch.randn(size, width, generator=generator), dim=-1)
+        for size in sizes
+    ]
+
+
+def _check_settings(settings: ExportSettings, source: ModelSource, *, num_documents: int) -> None:
     positions = source.max_positions
     for name, value, low, high in (
         ("--max-batch", settings.max_batch, 2, None),
@@ -233,6 +235,11 @@ def _check_settings(settings: ExportSettings, source: ModelSource) -> None:
         if value < low or (high is not None and value > high):
             upper = "" if high is None else f" and at most {high} ({source.name} has no more)"
             raise ExportError(f"{name}: expected at least {low}{upper}, got {value}.")
+    if num_documents > settings.max_documents:
+        raise ExportError(
+            f"--max-documents: expected at least {num_documents}, the documents there are, got "
+            f"{settings.max_documents}."
+        )
     if not 0 < settings.logit_scale < float("inf"):
         raise ExportError(f"--logit-scale: expected a positive number, got {settings.logit_scale}.")
 
@@ -268,27 +275,29 @@ def _licences(
 
 
 def _corpus(
-    eager: PreTrainedModel,
+    program: LoadedProgram,
+    functions: StepFunctions,
     source: ModelSource,
     documents: list[Document],
     *,
-    trainables: Trainables,
     settings: ExportSettings,
 ) -> dict[str, Tensor]:
+    shapes = functions.trainables.frozen_shapes
+    untrained = {"theta": torch.zeros(functions.trainables.layout.num_values)}
+    if "adapter_down" in shapes:
+        table: Any = functions.encoder.model.get_input_embeddings().weight  # a tensor or a module
+        untrained["adapter_down"] = principal_directions(table, rank=shapes["adapter_down"][1])
     embeddings = embed_passages(
-        eager,
+        program,
         load_tokenizer(source.tokenizer_path, max_length=settings.document_length),
-        [document.passage for document in documents],
-        pad_id=source.pad_id,
+        [source.prompts.document + document.passage for document in documents],
+        untrained=untrained,
+        max_batch=settings.max_batch,
     )
-    frozen = {"documents": embeddings}
-    shapes = trainables.frozen_shapes
+    frozen = {"documents": embeddings, **untrained}
     if "basis" in shapes:
         frozen["basis"] = principal_directions(embeddings, rank=shapes["basis"][1])
-    if "adapter_down" in shapes:
-        table: Any = eager.get_input_embeddings().weight  # typed as a tensor or a module
-        frozen["adapter_down"] = principal_directions(table, rank=shapes["adapter_down"][1])
-    return frozen
+    return {name: frozen[name] for name in shapes}
 
 
 def _write_files(
@@ -296,6 +305,7 @@ def _write_files(
     source: ModelSource,
     documents: list[Document],
     reference: Reference,
+    trainables: Trainables,
     settings: ExportSettings,
 ) -> None:
     shutil.copyfile(source.tokenizer_path, staging / "tokenizer.json")
@@ -312,9 +322,9 @@ def _write_files(
         reference,
         load_tokenizer(source.tokenizer_path, max_length=settings.max_length),
         documents,
-        pad_id=source.pad_id,
+        prompt=source.prompts.query,
+        any_catalogue=trainables.any_catalogue,
         max_batch=settings.max_batch,
-        min_length=MIN_LENGTH,
     )
     save_file(
         step.tensors,
@@ -326,18 +336,20 @@ def _write_files(
 def _manifest_fields(
     source: ModelSource,
     documents: list[Document],
-    trainables: Trainables,
+    functions: StepFunctions,
+    methods: dict[str, schema.Method],
     settings: ExportSettings,
 ) -> dict[str, Any]:
+    trainables = functions.trainables
     return {
         "carpool_version": importlib.metadata.version("carpool"),
         "preset": preset_name(settings.kinds),
         "model": schema.SourceModel(
             name=source.name,
             architecture=source.architecture,
-            hidden_size=source.hidden_size,
-            pooling="mean",
-            normalize=True,
+            hidden_size=source.width,
+            pooling=source.readout.pooling,
+            normalize=source.readout.normalize,
             weights_sha256=source.weights_sha256(),
         ),
         "adapter": trainables.adapter.describe(),
@@ -349,59 +361,26 @@ def _manifest_fields(
             file="documents.jsonl",
             count=len(documents),
             embedding_length=settings.document_length,
+            prompt=source.prompts.document,
             corpus_file="corpus.safetensors",
         ),
-        "program": _program_record(trainables, len(documents), settings),
+        "program": schema.Program(
+            file="program.pte",
+            runtime=RUNTIME,
+            values_per_document=trainables.values_per_document,
+            methods=methods,
+        ),
         "tokenizer": schema.Tokenizer(
             file="tokenizer.json",
-            kind="WordPiece",
+            kind=source.tokenizer_kind,
+            query_prompt=source.prompts.query,
             max_length=settings.max_length,
-            pad_id=source.pad_id,
         ),
         "golden": schema.Golden(
             file="golden.safetensors",
             gradient_tolerance=golden.GRADIENT_TOLERANCE,
             loss_tolerance=golden.LOSS_TOLERANCE,
             scores_tolerance=golden.SCORES_TOLERANCE,
+            embed_tolerance=golden.EMBED_TOLERANCE,
         ),
     }
-
-
-def _program_record(
-    trainables: Trainables, num_documents: int, settings: ExportSettings
-) -> schema.Program:
-    theta = schema.TensorSpec(name="theta", dtype="float32", shape=(trainables.layout.num_values,))
-    common = (
-        theta,
-        *(
-            schema.TensorSpec(name=name, dtype="float32", shape=shape)
-            for name, shape in trainables.frozen_shapes.items()
-        ),
-        schema.TensorSpec(name="input_ids", dtype="int64", shape=("batch", "length")),
-        schema.TensorSpec(name="attention_mask", dtype="int64", shape=("batch", "length")),
-    )
-    gradients = schema.Method(
-        inputs=(
-            *common,
-            schema.TensorSpec(name="labels", dtype="int64", shape=("batch",)),
-            schema.TensorSpec(name="example_weights", dtype="float32", shape=("batch",)),
-            schema.TensorSpec(name="l2_clip_norm", dtype="float32", shape=(1,)),
-        ),
-        outputs=(
-            schema.TensorSpec(name="loss", dtype="float32", shape=(1,)),
-            theta.model_copy(update={"name": "gradient"}),
-        ),
-    )
-    scores = schema.Method(
-        inputs=common,
-        outputs=(
-            schema.TensorSpec(name="scores", dtype="float32", shape=("batch", num_documents)),
-        ),
-    )
-    return schema.Program(
-        file="program.pte",
-        runtime=RUNTIME,
-        batch=schema.Range(min=1, max=settings.max_batch),
-        length=schema.Range(min=MIN_LENGTH, max=settings.max_length),
-        methods={"gradients": gradients, "scores": scores},
-    )

@@ -9,12 +9,13 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from carpool.data.corpus import Document
-from carpool_export.corpus import pad
+from carpool_export.corpus import encode_rows
 from carpool_export.parity import random_theta
-from carpool_export.reference import Batch, Reference, clipped_sum
+from carpool_export.reference import Reference, clipped_sum, padded_batch
 
 GRADIENT_TOLERANCE = 1e-4
 SCORES_TOLERANCE = 1e-4
+EMBED_TOLERANCE = 1e-4
 LOSS_TOLERANCE = 1e-4
 """Errors allowed on a device, as shares of the largest expected value. A right runtime on this
 processor is within the gate (2e-6). Another processor's kernels add in another order and may
@@ -22,6 +23,7 @@ multiply in reduced steps, so the bound is 50 times that; a wrong kernel, mask o
 1e-2 and above."""
 
 _ROWS = 4
+_DOCUMENTS = 16
 _SEED = 20
 
 
@@ -38,37 +40,36 @@ def golden_step(
     tokenizer: Tokenizer,
     documents: list[Document],
     *,
-    pad_id: int,
+    prompt: str,
+    any_catalogue: bool,
     max_batch: int,
-    min_length: int,
 ) -> GoldenStep:
     """The first documents' titles as queries for themselves, at a theta that is not zero.
 
     The clip bound is below half of the rows' norms, so that clipping is replayed too. The
-    expected values come from eager PyTorch and not from the program.
+    expected values come from eager PyTorch and not from the program. Where the program takes
+    any catalogue, the step's is the first documents alone: a changed one needs no new step.
     """
+    if any_catalogue:
+        reference = reference.over(reference.corpus["documents"][:_DOCUMENTS])
     rows = min(_ROWS, max_batch, len(documents))
     texts = [document.title for document in documents[:rows]]
-    input_ids, attention_mask = pad(
-        [tokenizer.encode(text).ids for text in texts], pad_id=pad_id, min_length=min_length
-    )
-    batch = Batch(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        labels=torch.arange(rows),
-        example_weights=torch.full((rows,), 1 / rows),
+    batch = padded_batch(
+        encode_rows(tokenizer, [prompt + text for text in texts]),
+        labels=list(range(rows)),
+        weights=[1 / rows] * rows,
     )
     theta = 0.2 * random_theta(reference.layout.num_values, seed=_SEED)
     losses, gradients = reference.example_gradients(theta, batch)
     bound = 0.9 * float(gradients.norm(dim=1).median())
     with torch.no_grad():
-        scores = reference.scores(theta, batch)
+        scores, embeddings = reference.scores(theta, batch), reference.embed(theta, batch)
     return GoldenStep(
         texts=texts,
         tensors={
             "theta": theta,
-            "input_ids": batch.input_ids,
-            "attention_mask": batch.attention_mask,
+            **reference.corpus,
+            **batch.packed(),
             "labels": batch.labels,
             "example_weights": batch.example_weights,
             "l2_clip_norm": torch.tensor([bound]),
@@ -77,5 +78,6 @@ def golden_step(
                 gradients, batch.example_weights, l2_clip_norm=bound
             ).float(),
             "expected_scores": scores.float(),
+            "expected_embed": embeddings.float(),
         },
     )

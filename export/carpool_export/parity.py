@@ -21,6 +21,9 @@ SCORES_GATE = 5e-6
 """Likewise for scores, of the largest eager score. Wider, because two float32 embeddings that
 agree to a few roundings are multiplied with documents and only then compared."""
 
+EMBED_GATE = 5e-6
+"""Likewise for embeddings."""
+
 LOSS_GATE = 5e-6
 """Likewise for the loss, of the larger of 1 and the eager loss: a difference of two logits."""
 
@@ -28,13 +31,19 @@ _THETA_SPREAD = 0.05
 """Standard deviation of the random theta, in its own units: every segment counts."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Measured:
     """The largest errors over what was compared, as shares of the largest eager value."""
 
-    gradient: float
-    scores: float
-    loss: float
+    gradient: float = 0.0
+    scores: float = 0.0
+    loss: float = 0.0
+    embed: float = 0.0
+
+    def worst(self, other: Measured) -> Measured:
+        """The larger of each."""
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Measured(*map(max, pairs))
 
 
 def gate_shapes(*, max_batch: int, max_length: int) -> list[tuple[int, int]]:
@@ -74,34 +83,45 @@ def measure(program: LoadedProgram, reference: Reference, theta: Tensor, batch: 
 
     The clip bound is 0.9 times the median norm: about half of the rows are clipped.
     """
-    corpus = tuple(reference.corpus.values())
-    step = (
-        batch.input_ids,
-        batch.attention_mask,
-        batch.labels,
-        batch.example_weights,
-    )
+    values = {
+        "theta": theta,
+        **reference.corpus,
+        **batch.packed(),
+        "labels": batch.labels,
+        "example_weights": batch.example_weights,
+    }
     weighted = batch.example_weights
     losses, examples = reference.example_gradients(theta, batch)
     bound = 0.9 * float(examples[weighted != 0].norm(dim=1).median())
     expected_loss = (losses * weighted).sum().reshape(1)
     _, plain = reference.plain_gradients(theta, batch)
-    gradient_error, loss_error = 0.0, 0.0
+    found = Measured()
     for clip, expected in (
         (PLAIN_GRADIENT_CLIP, plain),
         (bound, clipped_sum(examples, weighted, l2_clip_norm=bound)),
     ):
-        loss, gradient = program.call("gradients", (theta, *corpus, *step, torch.tensor([clip])))
-        gradient_error = max(gradient_error, relative_error(gradient, expected))
-        loss_error = max(loss_error, relative_error(loss, expected_loss, at_least=1.0))
-    (scores,) = program.call("scores", (theta, *corpus, *step[:2]))
+        loss, gradient = program.call("gradients", values | {"l2_clip_norm": torch.tensor([clip])})
+        found = found.worst(
+            Measured(
+                gradient=relative_error(gradient, expected),
+                loss=relative_error(loss, expected_loss, at_least=1.0),
+            )
+        )
+    (scores,) = program.call("scores", values)
     with torch.no_grad():
         expected_scores = reference.scores(theta, batch)
-    return Measured(
-        gradient=gradient_error,
-        scores=relative_error(scores, expected_scores),
-        loss=loss_error,
-    )
+    found = found.worst(Measured(scores=relative_error(scores, expected_scores)))
+    return found.worst(measure_embed(program, reference, theta, batch))
+
+
+def measure_embed(
+    program: LoadedProgram, reference: Reference, theta: Tensor, batch: Batch
+) -> Measured:
+    """Compares the embeddings alone: they are of longer texts, too."""
+    values = {"theta": theta, **reference.corpus, **batch.packed()}
+    (embeddings,) = program.call("embed", values)
+    with torch.no_grad():
+        return Measured(embed=relative_error(embeddings, reference.embed(theta, batch)))
 
 
 def check_parity(
@@ -109,50 +129,66 @@ def check_parity(
     reference: Reference,
     *,
     shapes: Sequence[tuple[int, int]],
+    embed_length: int,
+    catalogues: Sequence[Tensor],
     vocabulary: int,
 ) -> Measured:
     """Measures at every shape and refuses what is above the gate.
 
-    Guarantees: on return, no error is above its gate at any of ``shapes``; a NaN is refused.
+    Guarantees: on return, no error is above its gate at any of ``shapes``, with any of
+    ``catalogues``, or for a full batch of texts of ``embed_length``; a NaN is refused.
 
     Args:
         program: the finished ``.pte``.
         reference: the same model, layout and corpus in eager PyTorch.
         shapes: (batch, length) pairs.
+        embed_length: tokens of the longest text to embed.
+        catalogues: documents' embeddings of other numbers of documents than the reference has,
+            for programs that take any; each is used with the last of the shapes but one.
         vocabulary: how many token ids there are.
 
     Raises:
         ParityError: names the quantity, the shape, the error and the gate.
     """
-    worst = Measured(gradient=0.0, scores=0.0, loss=0.0)
-    num_documents = reference.corpus["documents"].shape[0]
-    for seed, (size, length) in enumerate(shapes):
+    worst = Measured()
+    cases = [(shape, reference) for shape in shapes]
+    cases += [(shapes[-2:][0], reference.over(documents)) for documents in catalogues]
+    for seed, ((size, length), eager) in enumerate(cases):
         batch = random_batch(
             batch=size,
             length=length,
             vocabulary=vocabulary,
-            num_documents=num_documents,
+            num_documents=len(eager.corpus["documents"]),
             seed=seed,
         )
-        theta = random_theta(reference.layout.num_values, seed=seed)
-        found = measure(program, reference, theta, batch)
-        for name, error, gate in (
-            ("gradient", found.gradient, GRADIENT_GATE),
-            ("scores", found.scores, SCORES_GATE),
-            ("loss", found.loss, LOSS_GATE),
-        ):
-            if not error <= gate:
-                raise ParityError(
-                    f"{name} at batch {size}, length {length}: expected an error of at most "
-                    f"{gate:.1e} of the largest eager value, got {error:.1e}. "
-                    "No bundle was written; this model cannot be exported as it is."
-                )
-        worst = Measured(
-            gradient=max(worst.gradient, found.gradient),
-            scores=max(worst.scores, found.scores),
-            loss=max(worst.loss, found.loss),
-        )
-    return worst
+        theta = random_theta(eager.layout.num_values, seed=seed)
+        found = measure(program, eager, theta, batch)
+        documents = f", {len(eager.corpus['documents'])} documents" if eager != reference else ""
+        _refuse_above_gate(found, f"at batch {size}, length {length}{documents}")
+        worst = worst.worst(found)
+    size = max(size for size, _ in shapes)
+    batch = random_batch(
+        batch=size, length=embed_length, vocabulary=vocabulary, num_documents=2, seed=0
+    )
+    theta = random_theta(reference.layout.num_values, seed=0)
+    found = measure_embed(program, reference, theta, batch)
+    _refuse_above_gate(found, f"at batch {size}, length {embed_length}")
+    return worst.worst(found)
+
+
+def _refuse_above_gate(found: Measured, where: str) -> None:
+    for name, error, gate in (
+        ("gradient", found.gradient, GRADIENT_GATE),
+        ("scores", found.scores, SCORES_GATE),
+        ("loss", found.loss, LOSS_GATE),
+        ("embed", found.embed, EMBED_GATE),
+    ):
+        if not error <= gate:
+            raise ParityError(
+                f"{name} {where}: expected an error of at most "
+                f"{gate:.1e} of the largest eager value, got {error:.1e}. "
+                "No bundle was written; this model cannot be exported as it is."
+            )
 
 
 def relative_error(found: Tensor, expected: Tensor, *, at_least: float = 0.0) -> float:

@@ -9,13 +9,17 @@ largest gradient away from that (seen with MiniLM), half of what the gate lets t
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from carpool.packing import pack
 from carpool.theta import Layout
+from carpool_export.methods import MIN_LENGTH
+from carpool_export.model import Readout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +38,15 @@ class Batch:
     labels: Tensor
     example_weights: Tensor
 
+    def packed(self) -> dict[str, Tensor]:
+        """The query's inputs as the program takes them, by name."""
+        rows = [
+            ids[mask != 0].numpy()
+            for ids, mask in zip(self.input_ids, self.attention_mask, strict=True)
+        ]
+        arrays = pack(rows, min_length=MIN_LENGTH).named()
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
     def row(self, index: int) -> Batch:
         """A batch of the one row ``index``, with weight 1."""
         only = slice(index, index + 1)
@@ -45,41 +58,85 @@ class Batch:
         )
 
 
+def padded_batch(
+    rows: Sequence[Sequence[int]], *, labels: Sequence[int], weights: Sequence[float]
+) -> Batch:
+    """Token ids of each row, its document and its weight, as one rectangle."""
+    length = max(len(row) for row in rows)
+    ids = torch.zeros(len(rows), length, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = torch.tensor(row)
+        mask[index, : len(row)] = 1
+    return Batch(
+        input_ids=ids,
+        attention_mask=mask,
+        labels=torch.tensor(labels),
+        example_weights=torch.tensor(weights),
+    )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reference:
     """Loss, gradient and scores by autograd.
 
     Attributes:
-        model: a frozen BERT-like model with one of the library's own attentions; float32 or
+        model: the frozen model with one of the library's own attentions; float32 or
             float64, which is what results come in.
         layout: theta's.
+        readout: how token states become an embedding.
         logit_scale: logits per unit of cosine.
-        corpus: ``documents`` and, for the core head, ``basis``; float32.
+        corpus: the frozen inputs, float32.
     """
 
     model: PreTrainedModel
     layout: Layout
+    readout: Readout
     logit_scale: float
     corpus: dict[str, Tensor]
 
+    def over(self, documents: Tensor) -> Reference:
+        """The same over another catalogue; for programs that take any.
+
+        Args:
+            documents: float32, a row per document.
+        """
+        layout = self.layout
+        if layout.segments[-1].name == "head.bias":
+            layout = layout.for_documents(len(documents))
+        return dataclasses.replace(
+            self, layout=layout, corpus=self.corpus | {"documents": documents}
+        )
+
+    def embed(self, theta: Tensor, batch: Batch) -> Tensor:
+        """Embeddings, shape ``(batch, D)``; differentiable in theta."""
+        return self._embed(self._parameters(theta), batch)
+
     def scores(self, theta: Tensor, batch: Batch) -> Tensor:
         """Logits, shape ``(batch, documents)``; differentiable in theta."""
-        places = self.layout.slices()
-        theta = theta.to(self.model.dtype)
-        corpus = {name: values.to(self.model.dtype) for name, values in self.corpus.items()}
-        parameter = {
-            segment.name: segment.scale * theta[places[segment.name]].reshape(segment.shape)
-            for segment in self.layout.segments
-        }
+        parameter = self._parameters(theta)
+        query = self._embed(parameter, batch)
+        logits = self.logit_scale * _cosines(query, parameter, self._corpus())
+        return logits + parameter["head.bias"] if "head.bias" in parameter else logits
+
+    def _embed(self, parameter: dict[str, Tensor], batch: Batch) -> Tensor:
         soft = self.model.get_input_embeddings()(batch.input_ids)
-        soft = _adapted(soft, parameter, corpus)
+        soft = _adapted(soft, parameter, self._corpus())
         states = self.model(
             inputs_embeds=soft, attention_mask=batch.attention_mask
         ).last_hidden_state
-        real = batch.attention_mask.unsqueeze(-1).to(states.dtype)
-        query = functional.normalize((states * real).sum(1) / real.sum(1), dim=-1)
-        logits = self.logit_scale * _cosines(query, parameter, corpus)
-        return logits + parameter["head.bias"] if "head.bias" in parameter else logits
+        return _read_out(states, batch.attention_mask, self.readout)
+
+    def _corpus(self) -> dict[str, Tensor]:
+        return {name: values.to(self.model.dtype) for name, values in self.corpus.items()}
+
+    def _parameters(self, theta: Tensor) -> dict[str, Tensor]:
+        places = self.layout.slices()
+        theta = theta.to(self.model.dtype)
+        return {
+            segment.name: segment.scale * theta[places[segment.name]].reshape(segment.shape)
+            for segment in self.layout.segments
+        }
 
     def plain_gradients(self, theta: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """The weighted loss, shape ``(1,)``, and its gradient: one backward pass, no clipping."""
@@ -103,6 +160,21 @@ class Reference:
                 loss, gradients[index] = self.plain_gradients(theta, batch.row(index))
                 losses[index] = loss[0]
         return losses, gradients
+
+
+def _read_out(states: Tensor, mask: Tensor, readout: Readout) -> Tensor:
+    real = mask.unsqueeze(-1).to(states.dtype)
+    last = mask.sum(1) - 1
+    pooled = {
+        "mean": (states * real).sum(1) / real.sum(1),
+        "cls": states[:, 0],
+        "last": states[torch.arange(len(states)), last],
+    }[readout.pooling]
+    for dense in readout.dense:
+        bias = None if dense.bias is None else dense.bias.to(states.dtype)
+        pooled = functional.linear(pooled, dense.weight.to(states.dtype), bias)
+        pooled = torch.tanh(pooled) if dense.tanh else pooled
+    return functional.normalize(pooled, dim=-1) if readout.normalize else pooled
 
 
 def _adapted(tokens: Tensor, parameter: dict[str, Tensor], corpus: dict[str, Tensor]) -> Tensor:

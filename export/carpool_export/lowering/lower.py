@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from executorch.exir import to_edge_transform_and_lower
+from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
+from executorch.exir.passes import MemoryPlanningPass
 from torch import Tensor
 from torch.export import ExportedProgram
 
@@ -76,7 +77,12 @@ def _lower(methods: Mapping[str, MethodToLower], *, progress: Progress) -> bytes
     edge = to_edge_transform_and_lower(
         exported, partitioner=[private.partitioner()], compile_config=private.edge_config()
     )
-    return bytes(edge.to_executorch().buffer)
+    # Inputs stay where the caller has them: planned ones are copied at each call, and a
+    # catalogue would take its bound's size in memory.
+    config = ExecutorchBackendConfig(
+        memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False)
+    )
+    return bytes(edge.to_executorch(config).buffer)
 
 
 def _export(method: MethodToLower) -> ExportedProgram:

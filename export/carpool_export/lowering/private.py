@@ -40,6 +40,7 @@ from executorch.backends.xnnpack.utils.xnnpack_constants import (
 from executorch.exir import EdgeCompileConfig
 from executorch.exir.passes.memory_format_ops_pass import DimOrderOpsRevertPass
 from torch import Tensor
+from torch._decomp import core_aten_decompositions
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -88,7 +89,7 @@ def trace(
     """
     graph_module: GraphModule = make_fx(
         function,
-        decomposition_table=dict(decompositions),
+        decomposition_table=core_aten_decompositions() | dict(decompositions),
         tracing_mode="symbolic",
         _allow_non_fake_inputs=True,
     )(*example_inputs)
@@ -99,7 +100,7 @@ def trace(
 
 def edge_config() -> EdgeCompileConfig:
     """Without the check that the graph holds core ATen operators alone: ``linear`` is none."""
-    return EdgeCompileConfig(_check_ir_validity=False)
+    return EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
 
 
 class _RuntimeWeight:
@@ -232,12 +233,15 @@ def fast_lowering() -> Iterator[None]:
     """Both patches, and no stack traces in nodes, while it is open; not for several threads."""
     pass_manager, set_meta = xnnpack_preprocess.XNNPACKPassManager, fx_traceback.set_current_meta
     no_traces = torch.fx.config.do_not_emit_stack_traces
+    run_decompositions = ExportedProgram.run_decompositions
+    ExportedProgram.run_decompositions = lambda program, *_: program
     xnnpack_preprocess.XNNPACKPassManager = _FewPasses
     fx_traceback.set_current_meta = _meta_with_one_source
     torch.fx.config.do_not_emit_stack_traces = True
     try:
         yield
     finally:
+        ExportedProgram.run_decompositions = run_decompositions
         xnnpack_preprocess.XNNPACKPassManager = pass_manager
         fx_traceback.set_current_meta = set_meta
         torch.fx.config.do_not_emit_stack_traces = no_traces

@@ -1,7 +1,7 @@
 # ruff: noqa: N803, N806  shape suffixes: the legend stands in the docstring
 """Adapters: token embeddings in, soft embeddings out, before the frozen blocks.
 
-Shape suffixes: B batch, T tokens, D embedding dimension, R rank.
+Shape suffixes: N tokens, D embedding dimension, R rank.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from carpool.bundle import manifest
-from carpool_export.trainables.per_example import Direct, PerExample, TokenOuter, token_sum
+from carpool_export.model.packing import Packing
+from carpool_export.trainables.per_example import Direct, PerExample, TokenOuter
 
 
 class Adapter(Protocol):
@@ -40,7 +41,7 @@ class Adapter(Protocol):
         ...
 
     def soft_embeddings(
-        self, offsets: Mapping[str, Tensor], frozen: Mapping[str, Tensor], tokens_BTD: Tensor
+        self, offsets: Mapping[str, Tensor], frozen: Mapping[str, Tensor], tokens_ND: Tensor
     ) -> Tensor:
         """What the blocks see instead of the token embeddings; same shape."""
         ...
@@ -49,8 +50,9 @@ class Adapter(Protocol):
         self,
         offsets: Mapping[str, Tensor],
         frozen: Mapping[str, Tensor],
-        tokens_BTD: Tensor,
-        soft_gradient_BTD: Tensor,
+        tokens_ND: Tensor,
+        soft_gradient_ND: Tensor,
+        packing: Packing,
     ) -> dict[str, PerExample]:
         """The segments' per-example gradients from that of the soft embeddings."""
         ...
@@ -79,17 +81,18 @@ class NoAdapter(_WithoutFrozenInputs):
         return manifest.NoAdapter()
 
     def soft_embeddings(
-        self, _offsets: Mapping[str, Tensor], _frozen: Mapping[str, Tensor], tokens_BTD: Tensor
+        self, _offsets: Mapping[str, Tensor], _frozen: Mapping[str, Tensor], tokens_ND: Tensor
     ) -> Tensor:
         """See ``Adapter``."""
-        return tokens_BTD
+        return tokens_ND
 
     def gradients(
         self,
         _offsets: Mapping[str, Tensor],
         _frozen: Mapping[str, Tensor],
-        _tokens_BTD: Tensor,
-        _soft_gradient_BTD: Tensor,
+        _tokens_ND: Tensor,
+        _soft_gradient_ND: Tensor,
+        _packing: Packing,
     ) -> dict[str, PerExample]:
         """See ``Adapter``."""
         return {}
@@ -111,22 +114,23 @@ class ScaleBiasAdapter(_WithoutFrozenInputs):
         return manifest.ScaleBiasAdapter()
 
     def soft_embeddings(
-        self, offsets: Mapping[str, Tensor], _frozen: Mapping[str, Tensor], tokens_BTD: Tensor
+        self, offsets: Mapping[str, Tensor], _frozen: Mapping[str, Tensor], tokens_ND: Tensor
     ) -> Tensor:
         """See ``Adapter``."""
-        return tokens_BTD * (1.0 + offsets["adapter.scale"]) + offsets["adapter.bias"]
+        return tokens_ND * (1.0 + offsets["adapter.scale"]) + offsets["adapter.bias"]
 
     def gradients(
         self,
         _offsets: Mapping[str, Tensor],
         _frozen: Mapping[str, Tensor],
-        tokens_BTD: Tensor,
-        soft_gradient_BTD: Tensor,
+        tokens_ND: Tensor,
+        soft_gradient_ND: Tensor,
+        packing: Packing,
     ) -> dict[str, PerExample]:
         """See ``Adapter``."""
         return {
-            "adapter.scale": Direct(token_sum(soft_gradient_BTD * tokens_BTD)),
-            "adapter.bias": Direct(token_sum(soft_gradient_BTD)),
+            "adapter.scale": Direct(packing.row_sums(soft_gradient_ND * tokens_ND)),
+            "adapter.bias": Direct(packing.row_sums(soft_gradient_ND)),
         }
 
 
@@ -146,20 +150,21 @@ class LinearAdapter(_WithoutFrozenInputs):
         return manifest.LinearAdapter()
 
     def soft_embeddings(
-        self, offsets: Mapping[str, Tensor], _frozen: Mapping[str, Tensor], tokens_BTD: Tensor
+        self, offsets: Mapping[str, Tensor], _frozen: Mapping[str, Tensor], tokens_ND: Tensor
     ) -> Tensor:
         """See ``Adapter``."""
-        return tokens_BTD + torch.nn.functional.linear(tokens_BTD, offsets["adapter.weight"])
+        return tokens_ND + torch.nn.functional.linear(tokens_ND, offsets["adapter.weight"])
 
     def gradients(
         self,
         _offsets: Mapping[str, Tensor],
         _frozen: Mapping[str, Tensor],
-        tokens_BTD: Tensor,
-        soft_gradient_BTD: Tensor,
+        tokens_ND: Tensor,
+        soft_gradient_ND: Tensor,
+        packing: Packing,
     ) -> dict[str, PerExample]:
         """See ``Adapter``."""
-        return {"adapter.weight": TokenOuter(soft_gradient_BTD, tokens_BTD)}
+        return {"adapter.weight": TokenOuter(soft_gradient_ND, tokens_ND, packing)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -190,28 +195,24 @@ class LowRankAdapter:
         return manifest.LowRankAdapter(rank=self.rank)
 
     def soft_embeddings(
-        self, offsets: Mapping[str, Tensor], frozen: Mapping[str, Tensor], tokens_BTD: Tensor
+        self, offsets: Mapping[str, Tensor], frozen: Mapping[str, Tensor], tokens_ND: Tensor
     ) -> Tensor:
         """See ``Adapter``."""
-        inside_BTR = _rows_times(tokens_BTD, frozen["adapter_down"] + offsets["adapter.down"])
-        return tokens_BTD + torch.nn.functional.linear(inside_BTR, offsets["adapter.up"])
+        inside_NR = tokens_ND.mm(frozen["adapter_down"] + offsets["adapter.down"])
+        return tokens_ND + torch.nn.functional.linear(inside_NR, offsets["adapter.up"])
 
     def gradients(
         self,
         offsets: Mapping[str, Tensor],
         frozen: Mapping[str, Tensor],
-        tokens_BTD: Tensor,
-        soft_gradient_BTD: Tensor,
+        tokens_ND: Tensor,
+        soft_gradient_ND: Tensor,
+        packing: Packing,
     ) -> dict[str, PerExample]:
         """See ``Adapter``."""
-        inside_BTR = _rows_times(tokens_BTD, frozen["adapter_down"] + offsets["adapter.down"])
-        inside_gradient_BTR = _rows_times(soft_gradient_BTD, offsets["adapter.up"])
+        inside_NR = tokens_ND.mm(frozen["adapter_down"] + offsets["adapter.down"])
+        inside_gradient_NR = soft_gradient_ND.mm(offsets["adapter.up"])
         return {
-            "adapter.down": TokenOuter(tokens_BTD, inside_gradient_BTR),
-            "adapter.up": TokenOuter(soft_gradient_BTD, inside_BTR),
+            "adapter.down": TokenOuter(tokens_ND, inside_gradient_NR, packing),
+            "adapter.up": TokenOuter(soft_gradient_ND, inside_NR, packing),
         }
-
-
-def _rows_times(values_BTD: Tensor, matrix_DR: Tensor) -> Tensor:
-    batch, length, width = values_BTD.shape
-    return values_BTD.reshape(batch * length, width).mm(matrix_DR).view(batch, length, -1)

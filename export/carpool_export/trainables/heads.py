@@ -1,7 +1,7 @@
 # ruff: noqa: N803, N806  shape suffixes: the legend stands in the docstring
 """Heads: a query's embedding in, a logit per document out; the documents' bias is added later.
 
-Shape suffixes: B batch, D embedding dimension, N documents, R rank.
+Shape suffixes: B batch, D embedding dimension, C documents (the catalogue), R rank.
 """
 
 from __future__ import annotations
@@ -34,6 +34,11 @@ class Head(Protocol):
         """The frozen inputs that it takes, in the order of the call."""
         ...
 
+    @property
+    def any_catalogue(self) -> bool:
+        """Whether its parameters serve any number of documents."""
+        ...
+
     def describe(self, *, document_bias: bool) -> manifest.Head:
         """Its record in the manifest."""
         ...
@@ -41,7 +46,7 @@ class Head(Protocol):
     def logits(
         self, offsets: Mapping[str, Tensor], frozen: Mapping[str, Tensor], query_BD: Tensor
     ) -> Tensor:
-        """Logits, shape ``(B, N)``."""
+        """Logits, shape ``(B, C)``."""
         ...
 
     def gradients(
@@ -49,7 +54,7 @@ class Head(Protocol):
         offsets: Mapping[str, Tensor],
         frozen: Mapping[str, Tensor],
         query_BD: Tensor,
-        logits_gradient_BN: Tensor,
+        logits_gradient_BC: Tensor,
     ) -> tuple[Tensor, dict[str, PerExample]]:
         """The query's gradient, shape ``(B, D)``, and the segments' per-example gradients."""
         ...
@@ -67,6 +72,11 @@ class _OverDocuments:
     def frozen_shapes(self) -> dict[str, tuple[int, ...]]:
         """See ``Head``."""
         return {"documents": (self.num_documents, self.width)}
+
+    @property
+    def any_catalogue(self) -> bool:
+        """See ``Head``."""
+        return True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,10 +103,10 @@ class NoHead(_OverDocuments):
         _offsets: Mapping[str, Tensor],
         frozen: Mapping[str, Tensor],
         _query_BD: Tensor,
-        logits_gradient_BN: Tensor,
+        logits_gradient_BC: Tensor,
     ) -> tuple[Tensor, dict[str, PerExample]]:
         """See ``Head``."""
-        return (logits_gradient_BN * self.logit_scale).mm(frozen["documents"]), {}
+        return (logits_gradient_BC * self.logit_scale).mm(frozen["documents"]), {}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,10 +134,10 @@ class MapHead(_OverDocuments):
         offsets: Mapping[str, Tensor],
         frozen: Mapping[str, Tensor],
         query_BD: Tensor,
-        logits_gradient_BN: Tensor,
+        logits_gradient_BC: Tensor,
     ) -> tuple[Tensor, dict[str, PerExample]]:
         """See ``Head``."""
-        mapped_gradient_BD = (logits_gradient_BN * self.logit_scale).mm(frozen["documents"])
+        mapped_gradient_BD = (logits_gradient_BC * self.logit_scale).mm(frozen["documents"])
         query_gradient_BD = mapped_gradient_BD + mapped_gradient_BD.mm(offsets["head.map"])
         return query_gradient_BD, {"head.map": Outer(mapped_gradient_BD, query_BD)}
 
@@ -169,10 +179,10 @@ class CoreHead(_OverDocuments):
         offsets: Mapping[str, Tensor],
         frozen: Mapping[str, Tensor],
         query_BD: Tensor,
-        logits_gradient_BN: Tensor,
+        logits_gradient_BC: Tensor,
     ) -> tuple[Tensor, dict[str, PerExample]]:
         """See ``Head``."""
-        mapped_gradient_BD = (logits_gradient_BN * self.logit_scale).mm(frozen["documents"])
+        mapped_gradient_BD = (logits_gradient_BC * self.logit_scale).mm(frozen["documents"])
         inside_gradient_BR = mapped_gradient_BD.mm(frozen["basis"])
         query_gradient_BD = mapped_gradient_BD + linear(
             inside_gradient_BR.mm(offsets["head.core"]), frozen["basis"]
@@ -191,6 +201,11 @@ class RowsHead(_OverDocuments):
         """See ``Head``."""
         return {"head.rows": (self.num_documents, self.width)}
 
+    @property
+    def any_catalogue(self) -> bool:
+        """See ``Head``."""
+        return False
+
     def describe(self, *, document_bias: bool) -> manifest.Head:
         """See ``Head``."""
         return manifest.RowsHead(document_bias=document_bias)
@@ -199,19 +214,19 @@ class RowsHead(_OverDocuments):
         self, offsets: Mapping[str, Tensor], frozen: Mapping[str, Tensor], query_BD: Tensor
     ) -> Tensor:
         """See ``Head``."""
-        rows_ND = frozen["documents"] + offsets["head.rows"]
-        return linear(query_BD, rows_ND) * self.logit_scale
+        rows_CD = frozen["documents"] + offsets["head.rows"]
+        return linear(query_BD, rows_CD) * self.logit_scale
 
     def gradients(
         self,
         offsets: Mapping[str, Tensor],
         frozen: Mapping[str, Tensor],
         query_BD: Tensor,
-        logits_gradient_BN: Tensor,
+        logits_gradient_BC: Tensor,
     ) -> tuple[Tensor, dict[str, PerExample]]:
         """See ``Head``."""
-        rows_ND = frozen["documents"] + offsets["head.rows"]
-        products_gradient_BN = logits_gradient_BN * self.logit_scale
-        return products_gradient_BN.mm(rows_ND), {
-            "head.rows": Outer(products_gradient_BN, query_BD)
+        rows_CD = frozen["documents"] + offsets["head.rows"]
+        products_gradient_BC = logits_gradient_BC * self.logit_scale
+        return products_gradient_BC.mm(rows_CD), {
+            "head.rows": Outer(products_gradient_BC, query_BD)
         }

@@ -6,8 +6,7 @@ gradient per example would be as large as the matrix; kept as factors, neither t
 sum needs it (Goodfellow 2015, arXiv 1510.01799; Li et al. 2022, arXiv 2110.05679, for sums
 over tokens: "ghost norms").
 
-Every sum is a matrix product, because that is what the mobile kernels have.
-Shape suffixes: B batch, T tokens, M and K a parameter's rows and columns.
+Shape suffixes: B batch, T slots of a row, N tokens, M and K a parameter's rows and columns.
 """
 
 from __future__ import annotations
@@ -18,18 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-
-def row_sum(values: Tensor, *, scale: float = 1.0) -> Tensor:
-    """``scale`` times the sum over the last dimension, which stays with size 1."""
-    ones = torch.full((1, values.shape[-1]), scale, dtype=values.dtype)
-    return values.matmul(ones.t())
-
-
-def token_sum(values_BTK: Tensor) -> Tensor:
-    """The sum over tokens, shape ``(B, K)``."""
-    batch, length, width = values_BTK.shape
-    ones_B1T = torch.full((1, length), 1.0).expand(batch, length).reshape(batch, 1, length)
-    return torch.bmm(ones_B1T, values_BTK).view(batch, width)
+from carpool_export.model.packing import Packing
+from carpool_export.reductions import row_sum
 
 
 class PerExample(Protocol):
@@ -77,19 +66,21 @@ class Outer:
 
 @dataclasses.dataclass(frozen=True)
 class TokenOuter:
-    """A matrix's gradients ``sum_t left[b,t] right[b,t]^T``.
+    """A matrix's gradients ``sum_n left[n] right[n]^T`` over each row's tokens n.
 
     The squared norm is the sum of the elementwise product of the two T x T Gram matrices.
     """
 
-    left_BTM: Tensor
-    right_BTK: Tensor
+    left_NM: Tensor
+    right_NK: Tensor
+    packing: Packing
 
     def squared_norms(self) -> Tensor:
         """See ``PerExample``."""
-        batch, length, _ = self.left_BTM.shape
-        gram_BTT = torch.bmm(self.left_BTM, self.left_BTM.transpose(1, 2)) * torch.bmm(
-            self.right_BTK, self.right_BTK.transpose(1, 2)
+        left_BTM, right_BTK = self.packing.pad(self.left_NM), self.packing.pad(self.right_NK)
+        batch, length, _ = left_BTM.shape
+        gram_BTT = torch.bmm(left_BTM, left_BTM.transpose(1, 2)) * torch.bmm(
+            right_BTK, right_BTK.transpose(1, 2)
         )
         # Summed in two steps: one view to (B, T * T) would need a symbolic product of sizes,
         # which ExecuTorch's emitter does not have (tried on 1.5.1).
@@ -97,7 +88,5 @@ class TokenOuter:
 
     def weighted_sum(self, weights_B1: Tensor) -> Tensor:
         """See ``PerExample``."""
-        batch, length, rows = self.left_BTM.shape
-        left = (self.left_BTM * weights_B1.view(batch, 1, 1)).reshape(batch * length, rows)
-        right = self.right_BTK.reshape(batch * length, self.right_BTK.shape[2])
-        return left.t().mm(right).reshape(-1)
+        left_NM = self.left_NM * self.packing.to_tokens(weights_B1)
+        return left_NM.t().mm(self.right_NK).reshape(-1)

@@ -89,6 +89,21 @@ class Trainables:
     layout: Layout
 
     @property
+    def num_documents(self) -> int:
+        """C of the catalogue that it was made for."""
+        return self.head.frozen_shapes["documents"][0]
+
+    @property
+    def any_catalogue(self) -> bool:
+        """Whether the number of documents is dynamic."""
+        return self.head.any_catalogue
+
+    @property
+    def values_per_document(self) -> int:
+        """How many of theta's values, its last ones, each document of any catalogue has."""
+        return int(self.any_catalogue and self.document_bias)
+
+    @property
     def frozen_shapes(self) -> dict[str, tuple[int, ...]]:
         """The program's frozen inputs by name, in the order of the call."""
         return self.head.frozen_shapes | self.adapter.frozen_shapes
@@ -98,6 +113,7 @@ def build_trainables(
     kinds: Kinds,
     *,
     width: int,
+    token_width: int | None = None,
     num_documents: int,
     logit_scale: float,
     scales: Mapping[str, float],
@@ -106,7 +122,8 @@ def build_trainables(
 
     Args:
         kinds: what is trained.
-        width: the embedding's dimension, D.
+        width: the pooled embedding's dimension, D.
+        token_width: a token embedding's dimension, where it is another.
         num_documents: N.
         logit_scale: logits per unit of cosine.
         scales: by segment name; replaces the default where given.
@@ -118,11 +135,12 @@ def build_trainables(
     """
     if num_documents < 2:  # noqa: PLR2004  the smallest choice there is
         raise ExportError(f"expected at least 2 documents to choose from, got {num_documents}.")
-    _check(kinds, width=width)
+    token_width = width if token_width is None else token_width
+    _check(kinds, width=token_width)
     adapters: dict[AdapterKind, Adapter] = {
-        "scale-bias": ScaleBiasAdapter(width=width),
-        "linear": LinearAdapter(width=width),
-        "low-rank": LowRankAdapter(width=width, rank=kinds.adapter_rank),
+        "scale-bias": ScaleBiasAdapter(width=token_width),
+        "linear": LinearAdapter(width=token_width),
+        "low-rank": LowRankAdapter(width=token_width, rank=kinds.adapter_rank),
         "none": NoAdapter(),
     }
     sizes = {"width": width, "num_documents": num_documents}

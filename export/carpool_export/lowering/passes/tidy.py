@@ -44,21 +44,32 @@ def drop_identities(graph: Graph) -> int:
 
 
 def name_views_alike(graph: Graph) -> int:
-    """``_unsafe_view``: ``view``.
+    """``_unsafe_view``, and ``unsqueeze`` and ``squeeze`` with at most one unknown size: ``view``.
 
-    Why: in a functional graph they are the same, and the later passes know one name.
+    Why: in a functional graph they are the same, and the later passes know one name; a view
+    costs nothing at run time, the others are copies.
     """
     found = 0
     for node in calls(graph, aten._unsafe_view.default):  # noqa: SLF001  the operator's name
         node.target = aten.view.default
         found += 1
+    for node in [
+        *calls(graph, aten.unsqueeze.default),
+        *calls(graph, aten.squeeze.dim),
+        *calls(graph, aten.squeeze.dims),
+    ]:
+        sizes = [size if isinstance(size, int) else -1 for size in value(node).shape]
+        if sizes.count(-1) <= 1:
+            view = insert(node, aten.view.default, (arguments(node)[0], sizes), value(node))
+            found += replace(node, view)
     return found
 
 
 def merge_transposes(graph: Graph) -> int:
     """``permute(permute(x, p), q)``: ``permute(x, p[q])``; where nothing moves in the end: ``x``.
 
-    Copies between the two are dropped with them.
+    Copies between the two are dropped with them. ``t`` and ``transpose`` become ``permute``,
+    which is the name that XNNPACK takes.
 
     Why: each is a copy at run time, and backward passes transpose what the forward pass had
     transposed.
@@ -73,6 +84,11 @@ def merge_transposes(graph: Graph) -> int:
             source = arguments(source)[0]
         inner = dimension_order(source)
         if inner is None:
+            if node.target is not aten.permute.default:
+                whole = arguments(node)[0]
+                found += replace(
+                    node, insert(node, aten.permute.default, (whole, outer), value(node))
+                )
             continue
         source, order = arguments(source)[0], [inner[place] for place in outer]
         if order == sorted(order):
