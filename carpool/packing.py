@@ -34,7 +34,7 @@ class PackedTokens:
     @property
     def num_rows(self) -> int:
         """B."""
-        return self.slot_tokens.shape[0]
+        return int(self.slot_tokens.shape[0])
 
 
 def pack(rows: Sequence[NDArray[np.int64]], *, min_length: int) -> PackedTokens:

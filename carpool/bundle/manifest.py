@@ -49,6 +49,10 @@ Dimension = Literal["batch", "length", "tokens", "documents", "values"]
 theta's length, which grows with the documents by ``Program.values_per_document``."""
 
 
+FROZEN_INPUTS = ("documents", "basis", "adapter_down")
+"""What the corpus file may hold, in the order of the call."""
+
+
 class TensorSpec(Model):
     """An input or output: its name, dtype, and shape, with a ``Dimension`` where it is dynamic."""
 
@@ -198,8 +202,8 @@ class Documents(Model):
         embedding_length: tokens of "title. text" that the document's embedding was made from.
         prompt: what was put before it.
         corpus_file: safetensors with the program's frozen inputs: ``documents`` (float32, N x d),
-            ``basis`` (float32, d x R; core head) and ``adapter_down`` (float32, d x R; low-rank
-            adapter).
+            ``basis`` (float32, d x R; core head) and ``adapter_down`` (float32, a token
+            embedding's dimension x R; low-rank adapter).
     """
 
     file: FileName

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
-from carpool.bundle.manifest import SCHEMA_VERSION, Manifest
+from carpool.bundle.manifest import FROZEN_INPUTS, SCHEMA_VERSION, Manifest
 from carpool.data.corpus import Document, read_documents
 from carpool.errors import BundleError
 from carpool.files import sha256_of_file
@@ -91,19 +91,21 @@ class Bundle:
         """The program's frozen inputs by name, in the order of the call.
 
         ``documents`` (N x d); for a core head ``basis`` (d x R); for a low-rank adapter
-        ``adapter_down`` (d x R).
+        ``adapter_down`` (a token embedding's dimension x R).
 
         Raises:
             BundleError: an array is missing or of another shape or dtype.
         """
         path = self.path / self.manifest.documents.corpus_file
         arrays = read_arrays(path)
-        width = self.manifest.model.hidden_size
-        expected: dict[str, tuple[int, ...]] = {"documents": (self.manifest.documents.count, width)}
-        if self.manifest.head.kind == "core":
-            expected["basis"] = (width, self.manifest.head.rank)
-        if self.manifest.adapter.kind == "low-rank":
-            expected["adapter_down"] = (width, self.manifest.adapter.rank)
+        expected = {
+            spec.name: tuple(
+                size if isinstance(size, int) else self.manifest.documents.count
+                for size in spec.shape
+            )
+            for spec in self.manifest.program.methods["gradients"].inputs
+            if spec.name in FROZEN_INPUTS
+        }
         corpus: dict[str, NDArray[np.float32]] = {}
         for name, shape in expected.items():
             found = arrays.get(name)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from carpool.bundle import Bundle
-from carpool.bundle.manifest import RuntimeRange
+from carpool.bundle.manifest import FROZEN_INPUTS, RuntimeRange
 from carpool.errors import DeviceError
 from carpool.packing import PackedTokens
 from carpool_device.batches import Batch
@@ -24,11 +24,10 @@ from carpool_device.private import resize_thread_pool, start_thread_pool
 from carpool_device.tokenizer import QueryTokenizer
 
 _QUERY = {"token_ids", "token_rows", "token_positions", "slot_tokens"}
-_FROZEN = {"documents", "basis", "adapter_down"}
 _KNOWN_INPUTS = {
-    "gradients": {"theta", *_FROZEN, *_QUERY, "labels", "example_weights", "l2_clip_norm"},
-    "scores": {"theta", *_FROZEN, *_QUERY},
-    "embed": {"theta", *_FROZEN, *_QUERY},
+    "gradients": {"theta", *FROZEN_INPUTS, *_QUERY, "labels", "example_weights", "l2_clip_norm"},
+    "scores": {"theta", *FROZEN_INPUTS, *_QUERY},
+    "embed": {"theta", *FROZEN_INPUTS, *_QUERY},
 }
 _KNOWN_OUTPUTS = {
     "gradients": ("loss", "gradient"),
@@ -218,7 +217,12 @@ class DeviceProgram:
             manifest.layout.check(theta, source=f"{name}: theta")
         else:
             self._check_values(name, theta, frozen)
-        available = {"theta": theta, **(frozen or self._frozen), **tokens.named(), **values}
+        available: dict[str, NDArray[Any]] = {
+            "theta": theta,
+            **(self._frozen if frozen is None else frozen),
+            **tokens.named(),
+            **values,
+        }
         method = manifest.program.methods[name]
         arrays = check_inputs(name, method, available)
         tensors = [torch.from_numpy(np.require(a, requirements=["C", "W"])) for a in arrays]

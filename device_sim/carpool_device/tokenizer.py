@@ -70,10 +70,10 @@ class QueryTokenizer:
     ) -> list[NDArray[np.int64]]:
         """Token ids of each text, after the prompt, special tokens included, not padded.
 
-        Guarantees: at most ``max_length`` ids each, by default the attribute's, as is the prompt. A longer text loses its last ordinary
-        tokens and keeps the special ones around it (as transformers' ``truncation=True``
-        does). Any string works: unpaired surrogates, which no UTF-8 can carry, count as
-        U+FFFD.
+        Guarantees: at most ``max_length`` ids each; by default that and the prompt are the
+        attributes'. A longer text loses its last ordinary tokens and keeps the special ones
+        around it (as transformers' ``truncation=True`` does). Any string works: unpaired
+        surrogates, which no UTF-8 can carry, count as U+FFFD.
 
         Returns:
             int64 arrays of shape ``(length,)``, in the order of ``texts``.

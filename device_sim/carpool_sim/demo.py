@@ -20,7 +20,8 @@ from carpool.errors import ConfigError
 from carpool.files import make_folder, write_atomically
 from carpool.progress import progress, stages
 from carpool_device.evaluation.report import BM25, ZERO_SHOT
-from carpool_export.exporter import STAGES, ExportSettings, export_bundle
+from carpool_export.exporter import STAGES, export_bundle
+from carpool_export.settings import ExportSettings
 from carpool_export.trainables import preset_kinds
 from carpool_server.checkpoint import CHECKPOINT_NAME
 from carpool_sim.federate import run

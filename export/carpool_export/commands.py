@@ -101,10 +101,10 @@ def export(
     _quieten()
     from carpool_export.exporter import (  # noqa: PLC0415
         STAGES,
-        ExportSettings,
         export_bundle,
         read_notice,
     )
+    from carpool_export.settings import ExportSettings  # noqa: PLC0415
     from carpool_export.trainables import preset_name  # noqa: PLC0415
 
     kinds = _kinds(

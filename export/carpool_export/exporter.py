@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
-import json
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from carpool.bundle import Bundle, finish_bundle, staging_folder
 from carpool.bundle import manifest as schema
-from carpool.data.corpus import Document, read_documents, write_lines
+from carpool.data.corpus import Document, read_documents
 from carpool.errors import ExportError
-from carpool.theta import write_theta, zero_theta
-from carpool_export import golden
+from carpool_export.bundle_files import FinishedExport, manifest_fields, write_files
 from carpool_export.corpus import embed_passages, load_tokenizer, principal_directions
 from carpool_export.lowering import lower
 from carpool_export.methods import (
@@ -32,7 +27,6 @@ from carpool_export.methods import (
 from carpool_export.model import (
     EAGER_ATTENTION,
     PACKED_ATTENTION,
-    Pooling,
     build_encoder,
     load_model,
 )
@@ -40,17 +34,13 @@ from carpool_export.parity import GRADIENT_GATE, check_parity, gate_shapes
 from carpool_export.program import StepFunctions
 from carpool_export.reference import Reference
 from carpool_export.runner import LoadedProgram
+from carpool_export.settings import ExportSettings
 from carpool_export.source import ModelSource, open_source
 from carpool_export.source.chain import Prompts
 from carpool_export.trainables import (
-    PRESETS,
-    Kinds,
     Trainables,
     build_trainables,
-    preset_name,
 )
-
-RUNTIME = schema.RuntimeRange(at_least="1.5.0", below="1.6.0")
 
 STAGES = (
     "reading the model",
@@ -63,41 +53,6 @@ STAGES = (
     "writing",
 )
 """What ``export_bundle`` announces, in order."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ExportSettings:
-    """What may be chosen.
-
-    Attributes:
-        kinds: what is trained.
-        revision: of a model that is a hub id.
-        pooling: of a model that does not say itself.
-        query_prompt: put before every query, instead of the model's own.
-        document_prompt: likewise before every document.
-        logit_scale: logits per unit of cosine.
-        document_length: tokens of a document that its embedding is made from.
-        max_batch: most rows in a call.
-        max_length: most tokens in a row; the program's memory is planned for it.
-        max_documents: of the catalogue, where the head takes any number.
-        scales: by segment of theta, instead of the preset's.
-        licence: of the model, instead of what its model card states.
-        notices: texts that must go with the documents; ``NOTICE`` beside their file if empty.
-    """
-
-    kinds: Kinds = PRESETS["small"]
-    revision: str | None = None
-    pooling: Pooling | None = None
-    query_prompt: str | None = None
-    document_prompt: str | None = None
-    logit_scale: float = 20.0
-    document_length: int = 128
-    max_batch: int = 8
-    max_length: int = 64
-    max_documents: int = 100_000
-    scales: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    licence: str | None = None
-    notices: tuple[str, ...] = ()
 
 
 def export_bundle(
@@ -169,7 +124,15 @@ def export_bundle(
             vocabulary=source.vocabulary,
         )
         announce(STAGES[7])
-        _write_files(staging, source, documents, reference, trainables, settings)
+        finished = FinishedExport(
+            source=source,
+            documents=documents,
+            functions=functions,
+            methods=methods,
+            reference=reference,
+            settings=settings,
+        )
+        write_files(staging, finished)
         parity = schema.Parity(
             gate=GRADIENT_GATE,
             gradient_error=measured.gradient,
@@ -178,10 +141,8 @@ def export_bundle(
             embed_error=measured.embed,
             shapes=tuple(shapes),
         )
-        fields = _manifest_fields(source, documents, functions, methods, settings)
-        return finish_bundle(
-            staging, destination, fields | {"parity": parity, "licences": licences}
-        )
+        fields = manifest_fields(finished) | {"parity": parity, "licences": licences}
+        return finish_bundle(staging, destination, fields)
 
 
 def read_notice(path: Path) -> str:
@@ -298,89 +259,3 @@ def _corpus(
     if "basis" in shapes:
         frozen["basis"] = principal_directions(embeddings, rank=shapes["basis"][1])
     return {name: frozen[name] for name in shapes}
-
-
-def _write_files(
-    staging: Path,
-    source: ModelSource,
-    documents: list[Document],
-    reference: Reference,
-    trainables: Trainables,
-    settings: ExportSettings,
-) -> None:
-    shutil.copyfile(source.tokenizer_path, staging / "tokenizer.json")
-    write_lines(staging / "documents.jsonl", documents)
-    save_file(reference.corpus, staging / "corpus.safetensors")
-    write_theta(
-        staging / "theta.safetensors",
-        zero_theta(reference.layout),
-        layout=reference.layout,
-        bundle_id=None,
-        round_number=0,
-    )
-    step = golden.golden_step(
-        reference,
-        load_tokenizer(source.tokenizer_path, max_length=settings.max_length),
-        documents,
-        prompt=source.prompts.query,
-        any_catalogue=trainables.any_catalogue,
-        max_batch=settings.max_batch,
-    )
-    save_file(
-        step.tensors,
-        staging / "golden.safetensors",
-        metadata={"texts": json.dumps(step.texts, ensure_ascii=False)},
-    )
-
-
-def _manifest_fields(
-    source: ModelSource,
-    documents: list[Document],
-    functions: StepFunctions,
-    methods: dict[str, schema.Method],
-    settings: ExportSettings,
-) -> dict[str, Any]:
-    trainables = functions.trainables
-    return {
-        "carpool_version": importlib.metadata.version("carpool"),
-        "preset": preset_name(settings.kinds),
-        "model": schema.SourceModel(
-            name=source.name,
-            architecture=source.architecture,
-            hidden_size=source.width,
-            pooling=source.readout.pooling,
-            normalize=source.readout.normalize,
-            weights_sha256=source.weights_sha256(),
-        ),
-        "adapter": trainables.adapter.describe(),
-        "head": trainables.head.describe(document_bias=trainables.document_bias),
-        "logit_scale": settings.logit_scale,
-        "layout": trainables.layout,
-        "theta_file": "theta.safetensors",
-        "documents": schema.Documents(
-            file="documents.jsonl",
-            count=len(documents),
-            embedding_length=settings.document_length,
-            prompt=source.prompts.document,
-            corpus_file="corpus.safetensors",
-        ),
-        "program": schema.Program(
-            file="program.pte",
-            runtime=RUNTIME,
-            values_per_document=trainables.values_per_document,
-            methods=methods,
-        ),
-        "tokenizer": schema.Tokenizer(
-            file="tokenizer.json",
-            kind=source.tokenizer_kind,
-            query_prompt=source.prompts.query,
-            max_length=settings.max_length,
-        ),
-        "golden": schema.Golden(
-            file="golden.safetensors",
-            gradient_tolerance=golden.GRADIENT_TOLERANCE,
-            loss_tolerance=golden.LOSS_TOLERANCE,
-            scores_tolerance=golden.SCORES_TOLERANCE,
-            embed_tolerance=golden.EMBED_TOLERANCE,
-        ),
-    }

@@ -16,28 +16,36 @@ So every part folds, and the dot product of query and document vector is the pro
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from carpool.bundle import Bundle, Manifest, staging_folder
 from carpool.errors import ExportError
 from carpool.files import sync_directory
-from carpool_export.source import ModelSource, open_source
+from carpool_export.merged_chain import write_chain
+from carpool_export.model import EAGER_ATTENTION, load_model
+from carpool_export.source import ModelSource, find_model, is_chain, open_source
 
 VECTORS_NAME = "documents.safetensors"
 
 Floats = NDArray[np.float32]
 
 
-def merge(bundle_path: Path, theta_path: Path, destination: Path, *, model: str) -> None:
+def merge(
+    bundle_path: Path,
+    theta_path: Path,
+    destination: Path,
+    *,
+    model: str,
+    revision: str | None = None,
+) -> None:
     """Writes the trained model as a sentence-transformers folder.
 
     Beside the model's own files there are ``documents.safetensors`` (``vectors``, float32, a row
@@ -51,7 +59,8 @@ def merge(bundle_path: Path, theta_path: Path, destination: Path, *, model: str)
         bundle_path: the bundle that theta was trained for.
         theta_path: a theta of it; the one inside it gives the untrained model.
         destination: where the folder shall be; nothing may be there yet.
-        model: the folder or package that the bundle was exported from.
+        model: the folder, package or hub id that the bundle was exported from.
+        revision: of a hub id.
 
     Raises:
         BundleError: the bundle is damaged, or something is at ``destination``.
@@ -61,7 +70,9 @@ def merge(bundle_path: Path, theta_path: Path, destination: Path, *, model: str)
     bundle = Bundle.open(bundle_path)
     manifest = bundle.manifest
     theta = bundle.read_theta(theta_path)
-    source = open_source(model)
+    # a folder that does not say how it pools was told at export
+    pooling = None if is_chain(find_model(model, revision=revision)) else manifest.model.pooling
+    source = open_source(model, revision=revision, pooling=pooling)
     found = source.weights_sha256()
     if found != manifest.model.weights_sha256:
         raise ExportError(
@@ -72,7 +83,8 @@ def merge(bundle_path: Path, theta_path: Path, destination: Path, *, model: str)
     offsets = manifest.layout.parameters(theta)
     vectors = document_vectors(manifest, bundle.corpus(), offsets)
     with staging_folder(destination) as staging:
-        _write_model(staging, source, manifest, bundle.corpus(), offsets)
+        _write_soft_model(staging, source, bundle.corpus(), offsets)
+        write_chain(staging, source, manifest)
         save_file({"vectors": vectors}, staging / VECTORS_NAME)
         shutil.copyfile(bundle.path / manifest.documents.file, staging / "documents.jsonl")
         (staging / "README.md").write_text(_card(manifest, bundle.id), encoding="utf-8")
@@ -120,69 +132,27 @@ def soft_table(
     return np.ascontiguousarray(rows, dtype=np.float32)
 
 
-def _write_model(
+def _write_soft_model(
     folder: Path,
     source: ModelSource,
-    manifest: Manifest,
     corpus: Mapping[str, Floats],
     offsets: Mapping[str, Floats],
 ) -> None:
+    """The library's own files of the model, with the adapter in its embedding table."""
+    model = load_model(source.folder, attention=EAGER_ATTENTION)
+    table: Any = model.get_input_embeddings()  # typed as any module
+    # Gemma multiplies its rows before anything sees them.
+    scale = float(getattr(table, "embed_scale", 1.0))
+    rows = soft_table(scale * table.weight.double().numpy(), corpus, offsets)
+    table.weight.copy_(torch.from_numpy(rows / np.float32(scale)))
+    model.save_pretrained(folder)
     for path in sorted(source.folder.iterdir()):
-        copied = path.suffix in {".json", ".txt"} and path.name != "data_config.json"
-        if path.is_file() and copied:
-            shutil.copyfile(path, folder / path.name)
-    weights = source.folder / "model.safetensors"
-    tensors = load_file(weights)
-    names = [name for name in tensors if name.endswith("word_embeddings.weight")]
-    if len(names) != 1:
-        raise ExportError(f"{weights}: expected one table of word embeddings, got {names}.")
-    tensors[names[0]] = soft_table(tensors[names[0]], corpus, offsets)
-    with safe_open(weights, framework="numpy") as file:
-        metadata = file.metadata()
-    save_file(tensors, folder / "model.safetensors", metadata=metadata)
+        if path.is_file() and path.suffix in {".json", ".txt"} and path.name not in _NOT_COPIED:
+            if not (folder / path.name).exists():
+                shutil.copyfile(path, folder / path.name)
 
-    width = source.hidden_size
-    _write_json(
-        folder / "sentence_bert_config.json", {"max_seq_length": manifest.tokenizer.max_length}
-    )
-    _write_json(folder / "config_sentence_transformers.json", {"similarity_fn_name": "dot"})
-    chain: list[tuple[str, str, dict[str, Any] | None]] = [
-        ("Transformer", "", None),
-        (
-            "Pooling",
-            "1_Pooling",
-            {"word_embedding_dimension": width, "pooling_mode_mean_tokens": True},
-        ),
-        ("Normalize", "2_Normalize", None),
-    ]
-    if manifest.head.document_bias:
-        dense = {
-            "in_features": width,
-            "out_features": width + 1,
-            "bias": True,
-            "activation_function": "torch.nn.modules.linear.Identity",
-        }
-        chain.append(("Dense", "3_Dense", dense))
-    for _, name, config in chain[1:]:
-        (folder / name).mkdir()
-        if config is not None:
-            _write_json(folder / name / "config.json", config)
-    if manifest.head.document_bias:
-        append_one = {
-            "linear.weight": np.eye(width + 1, width, dtype=np.float32),
-            "linear.bias": np.eye(width + 1, dtype=np.float32)[width],
-        }
-        save_file(append_one, folder / "3_Dense" / "model.safetensors", metadata={"format": "pt"})
-    modules = [
-        {
-            "idx": index,
-            "name": str(index),
-            "path": path,
-            "type": f"sentence_transformers.models.{kind}",
-        }
-        for index, (kind, path, _) in enumerate(chain)
-    ]
-    _write_json(folder / "modules.json", modules)
+
+_NOT_COPIED = {"data_config.json", "model.safetensors.index.json"}
 
 
 def _card(manifest: Manifest, bundle_id: str) -> str:
@@ -197,7 +167,3 @@ def _card(manifest: Manifest, bundle_id: str) -> str:
         f"`vectors` in `{VECTORS_NAME}` is the score of that row's document in `documents.jsonl`."
         f"\n\n{notices}\n"
     )
-
-
-def _write_json(path: Path, value: Any) -> None:  # noqa: ANN401  any JSON value
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -20,7 +20,6 @@ from carpool_export.trainables import Trainables
 from carpool_export.trainables.per_example import Direct
 from carpool_export.trainables.presets import BIAS
 
-
 QUERY_INPUTS = ("token_ids", "token_rows", "token_positions", "slot_tokens")
 """A batch of queries without its padding, as ``carpool.packing`` defines it: int64."""
 

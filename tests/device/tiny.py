@@ -67,18 +67,39 @@ class Scores(torch.nn.Module):
         self.model = model
         self.register_buffer("embeddings", model.embeddings)
 
-    def pooled(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Mean of the tokens' embeddings: float32, shape ``(B, WIDTH)``."""
-        weights = mask.to(torch.float32)
-        tokens = self.embeddings[ids] * weights.unsqueeze(-1)
-        return tokens.sum(1) / weights.sum(1, keepdim=True)
+    def pooled(self, ids: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """Mean of each row's tokens' embeddings: float32, shape ``(B, WIDTH)``."""
+        batch = slots.shape[0]
+        member = (torch.arange(batch).unsqueeze(1) == rows.unsqueeze(0)).to(torch.float32)
+        return (member @ self.embeddings[ids]) / member.sum(1, keepdim=True)
 
-    def forward(
-        self, theta: torch.Tensor, documents: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor
+    def forward(  # noqa: PLR0917  a program's inputs have places
+        self,
+        theta: torch.Tensor,
+        documents: torch.Tensor,
+        ids: torch.Tensor,
+        rows: torch.Tensor,
+        _positions: torch.Tensor,
+        slots: torch.Tensor,
     ) -> torch.Tensor:
         """Scores: float32, shape ``(B, N)``."""
         adapter, head = self.model.split(theta)
-        return (self.pooled(ids, mask) + adapter) @ documents.t() + head
+        return (self.pooled(ids, rows, slots) + adapter) @ documents.t() + head
+
+
+class Embed(Scores):
+    """The method ``embed``."""
+
+    def forward(  # type: ignore[override]  # noqa: PLR0917  a program's inputs have places
+        self,
+        theta: torch.Tensor,
+        ids: torch.Tensor,
+        rows: torch.Tensor,
+        _positions: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> torch.Tensor:
+        """Embeddings: float32, shape ``(B, WIDTH)``."""
+        return self.pooled(ids, rows, slots) + self.model.split(theta)[0]
 
 
 class Gradients(Scores):
@@ -89,13 +110,15 @@ class Gradients(Scores):
         theta: torch.Tensor,
         documents: torch.Tensor,
         ids: torch.Tensor,
-        mask: torch.Tensor,
+        rows: torch.Tensor,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
         labels: torch.Tensor,
         weights: torch.Tensor,
         clip: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss and the flat gradient, written out by hand."""
-        scores = super().forward(theta, documents, ids, mask)
+        scores = super().forward(theta, documents, ids, rows, positions, slots)
         probabilities = torch.softmax(LOGIT_SCALE * scores, dim=1)
         places = torch.arange(len(DOCUMENTS)).unsqueeze(0)
         right = (places == labels.unsqueeze(1)).to(torch.float32)
@@ -107,34 +130,49 @@ class Gradients(Scores):
         return (losses * weights).sum(), (each * factors.unsqueeze(1)).sum(0)
 
 
-def example_inputs(batch: int = 3, length: int = 5) -> tuple[torch.Tensor, ...]:
-    ids = torch.randint(4, len(VOCABULARY), (batch, length))
+def packed(rows: list[list[int]]) -> tuple[torch.Tensor, ...]:
+    """The query's inputs, by hand: ids, their rows, their places and the slots."""
+    length = max(2, *(len(row) for row in rows))
+    ids, owners, places, slots = [], [], [], []
+    for number, row in enumerate(rows):
+        slots.append([len(ids) + i for i in range(len(row))] + [-1] * (length - len(row)))
+        ids += row
+        owners += [number] * len(row)
+        places += range(len(row))
+    return tuple(torch.tensor(part) for part in (ids, owners, places, slots))
+
+
+def example_inputs() -> tuple[torch.Tensor, ...]:
     return (
         torch.zeros(LAYOUT.num_values),
         TinyModel().documents,
-        ids,
-        torch.ones_like(ids),
-        torch.zeros(batch, dtype=torch.int64),
-        torch.full((batch,), 1 / batch),
+        *packed([[4, 5, 6, 7, 8], [9, 10], [11, 12, 13, 4]]),
+        torch.zeros(3, dtype=torch.int64),
+        torch.full((3,), 1 / 3),
         torch.tensor([1e30]),
     )
 
 
 def program_bytes() -> bytes:
-    """Both methods, dynamic in batch and length, on portable kernels."""
+    """All methods, dynamic in batch, length and tokens, on portable kernels."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from executorch.exir import to_edge  # noqa: PLC0415
 
         batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
         length = torch.export.Dim("length", min=2, max=MAX_LENGTH)
-        both = {0: batch, 1: length}
+        tokens = torch.export.Dim("tokens", min=1, max=MAX_BATCH * MAX_LENGTH)
+        of_tokens = {0: tokens}
+        query = (of_tokens, of_tokens, of_tokens, {0: batch, 1: length})
         inputs = example_inputs()
-        shapes = (None, None, both, both, {0: batch}, {0: batch}, None)
+        shapes = (None, None, *query, {0: batch}, {0: batch}, None)
         model = TinyModel()
         programs = {
             "gradients": torch.export.export(Gradients(model), inputs, dynamic_shapes=shapes),
-            "scores": torch.export.export(Scores(model), inputs[:4], dynamic_shapes=shapes[:4]),
+            "scores": torch.export.export(Scores(model), inputs[:6], dynamic_shapes=shapes[:6]),
+            "embed": torch.export.export(
+                Embed(model), (inputs[0], *inputs[2:6]), dynamic_shapes=(None, *query)
+            ),
         }
         return bytes(to_edge(programs).to_executorch().buffer)
 
@@ -155,21 +193,30 @@ def _specs(*names: str) -> list[dict[str, Any]]:
     shapes = {
         "theta": ("float32", (LAYOUT.num_values,)),
         "documents": ("float32", (len(DOCUMENTS), WIDTH)),
-        "input_ids": ("int64", ("batch", "length")),
-        "attention_mask": ("int64", ("batch", "length")),
+        "token_ids": ("int64", ("tokens",)),
+        "token_rows": ("int64", ("tokens",)),
+        "token_positions": ("int64", ("tokens",)),
+        "slot_tokens": ("int64", ("batch", "length")),
         "labels": ("int64", ("batch",)),
         "example_weights": ("float32", ("batch",)),
         "l2_clip_norm": ("float32", (1,)),
         "loss": ("float32", ()),
         "gradient": ("float32", (LAYOUT.num_values,)),
         "scores": ("float32", ("batch", len(DOCUMENTS))),
+        "embeddings": ("float32", ("batch", WIDTH)),
     }
     return [{"name": n, "dtype": shapes[n][0], "shape": shapes[n][1]} for n in names]
 
 
 def manifest_fields() -> dict[str, Any]:
     """What ``finish_bundle`` needs, for tests to change."""
-    scored = ("theta", "documents", "input_ids", "attention_mask")
+    query = ("token_ids", "token_rows", "token_positions", "slot_tokens")
+    scored = ("theta", "documents", *query)
+    bounds = {
+        "batch": {"min": 1, "max": MAX_BATCH},
+        "length": {"min": 2, "max": MAX_LENGTH},
+        "tokens": {"min": 1, "max": MAX_BATCH * MAX_LENGTH},
+    }
     return {
         "carpool_version": "0.1.0",
         "preset": "tiny",
@@ -190,38 +237,50 @@ def manifest_fields() -> dict[str, Any]:
             "file": "documents.jsonl",
             "count": len(DOCUMENTS),
             "embedding_length": 12,
+            "prompt": "",
             "corpus_file": "corpus.safetensors",
         },
         "program": {
             "file": "program.pte",
             "runtime": {"at_least": "1.5.1", "below": "1.6"},
-            "batch": {"min": 1, "max": MAX_BATCH},
-            "length": {"min": 2, "max": MAX_LENGTH},
+            "values_per_document": 0,
             "methods": {
                 "gradients": {
+                    "bounds": bounds,
                     "inputs": _specs(*scored, "labels", "example_weights", "l2_clip_norm"),
                     "outputs": _specs("loss", "gradient"),
                 },
-                "scores": {"inputs": _specs(*scored), "outputs": _specs("scores")},
+                "scores": {
+                    "bounds": bounds,
+                    "inputs": _specs(*scored),
+                    "outputs": _specs("scores"),
+                },
+                "embed": {
+                    "bounds": bounds,
+                    "inputs": _specs("theta", *query),
+                    "outputs": _specs("embeddings"),
+                },
             },
         },
         "tokenizer": {
             "file": "tokenizer.json",
             "kind": "WordPiece",
             "max_length": MAX_LENGTH,
-            "pad_id": 0,
+            "query_prompt": "",
         },
         "golden": {
             "file": "golden.safetensors",
             "gradient_tolerance": 1e-5,
             "loss_tolerance": 1e-5,
             "scores_tolerance": 1e-5,
+            "embed_tolerance": 1e-5,
         },
         "parity": {
             "gate": 1e-5,
             "gradient_error": 0.0,
             "scores_error": 0.0,
             "loss_error": 0.0,
+            "embed_error": 0.0,
             "shapes": [(3, 5)],
         },
         "licences": [],
@@ -229,26 +288,26 @@ def manifest_fields() -> dict[str, Any]:
 
 
 def golden_step() -> tuple[dict[str, np.ndarray[Any, Any]], list[str]]:
-    """One step by the eager model, token ids written by hand, with a padding row of weight 0."""
+    """One step by the eager model, token ids written by hand."""
     texts = ["red cat sleeps", "stone"]
-    ids = torch.tensor([[2, 4, 7, 11, 3], [2, 13, 3, 0, 0]])
-    mask = (ids != 0).to(torch.int64)
+    query = packed([[2, 4, 7, 11, 3], [2, 13, 3]])
     theta = torch.linspace(-0.2, 0.2, LAYOUT.num_values)
     labels, weights = torch.tensor([0, 3]), torch.tensor([0.5, 0.5])
     clip = torch.tensor([2.0])
     model = TinyModel()
-    loss, gradient = Gradients(model)(theta, model.documents, ids, mask, labels, weights, clip)
-    scores = Scores(model)(theta, model.documents, ids, mask)
+    loss, gradient = Gradients(model)(theta, model.documents, *query, labels, weights, clip)
+    names = ("token_ids", "token_rows", "token_positions", "slot_tokens")
     return {
         "theta": theta.numpy(),
-        "input_ids": ids.numpy(),
-        "attention_mask": mask.numpy(),
+        "documents": model.documents.numpy(),
+        **{name: part.numpy() for name, part in zip(names, query, strict=True)},
         "labels": labels.numpy(),
         "example_weights": weights.numpy(),
         "l2_clip_norm": clip.numpy(),
         "expected_loss": loss.reshape(1).numpy(),
         "expected_gradient": gradient.numpy(),
-        "expected_scores": scores.numpy(),
+        "expected_scores": Scores(model)(theta, model.documents, *query).numpy(),
+        "expected_embed": Embed(model)(theta, *query).numpy(),
     }, texts
 
 

@@ -81,7 +81,7 @@ def _gelu(x: Tensor, approximate: str = "none") -> Any:  # noqa: ANN401  or NotI
 
 
 @_replaces(aten.gelu_backward.default)
-def _gelu_backward(grad: Tensor, x: Tensor, approximate: str = "none") -> Tensor:
+def _gelu_backward(grad: Tensor, x: Tensor, approximate: str = "none") -> Any:  # noqa: ANN401  a tensor
     """gelu(x) = x Phi(x), so Phi is gelu(x) / x, and XNNPACK has gelu but no erf.
 
     The shifts make the quotient 1/2 at 0; where abs(x) is above 1e-12 they change no bit.
@@ -212,7 +212,7 @@ def _select_backward(grad: Tensor, sizes: list[Any], dim: int, index: int) -> An
     return _padded(grad.unsqueeze(dim), dim, index % size, size - 1 - index % size)
 
 
-def _padded(values: Tensor, dim: int, before: int, after: int) -> Tensor:
+def _padded(values: Tensor, dim: int, before: int, after: int) -> Any:  # noqa: ANN401  a tensor
     behind = values.dim() - 1 - dim
     return aten.constant_pad_nd.default(values, [0, 0] * behind + [before, after], 0.0)
 

@@ -1,7 +1,7 @@
 """Every use of a name that torch or ExecuTorch does not promise to keep.
 
 Tried on torch 2.13.0 and ExecuTorch 1.5.1. ``NAMES`` lists them, and a test fails when one
-moves. The two patches change how long lowering takes and not what comes out of it.
+moves. The patches change how long lowering takes and not what comes out of it.
 """
 
 from __future__ import annotations
@@ -64,6 +64,8 @@ NAMES: tuple[tuple[str, str], ...] = (
     ("executorch.backends.xnnpack.utils.xnnpack_constants", "XNN_FLAG_TRANSPOSE_WEIGHTS"),
     ("executorch.backends.xnnpack.utils.xnnpack_constants", "XNN_INVALID_VALUE_ID"),
     ("executorch.exir.passes.memory_format_ops_pass", "DimOrderOpsRevertPass"),
+    ("torch._decomp", "core_aten_decompositions"),
+    ("torch.export", "ExportedProgram.run_decompositions"),
     ("torch.fx.config", "do_not_emit_stack_traces"),
     ("torch.fx.experimental.proxy_tensor", "make_fx"),
     ("torch.fx.traceback", "NodeSource"),
@@ -87,9 +89,10 @@ def trace(
     ``torch.export`` alone cannot trace a function that calls ``torch.autograd.grad``.
     ``_allow_non_fake_inputs`` lets the frozen weights in as they are.
     """
+    table: dict[Any, Callable[..., Any]] = dict(core_aten_decompositions()) | dict(decompositions)
     graph_module: GraphModule = make_fx(
         function,
-        decomposition_table=core_aten_decompositions() | dict(decompositions),
+        decomposition_table=table,
         tracing_mode="symbolic",
         _allow_non_fake_inputs=True,
     )(*example_inputs)
@@ -99,7 +102,11 @@ def trace(
 
 
 def edge_config() -> EdgeCompileConfig:
-    """Without the check that the graph holds core ATen operators alone: ``linear`` is none."""
+    """Without what ExecuTorch adds for others.
+
+    No check that the graph holds core ATen operators alone: ``linear`` is none. No operators
+    that tell the order of dimensions: here it is always the usual one.
+    """
     return EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
 
 
@@ -228,20 +235,25 @@ def _meta_with_one_source(node: Node, pass_name: str = "") -> Iterator[None]:
         fx_traceback.current_meta = saved
 
 
+def _as_it_is(program: ExportedProgram, *_: Any) -> ExportedProgram:  # noqa: ANN401  a table
+    """In place of decomposing: ``trace`` left nothing to decompose, and each run traces anew."""
+    return program
+
+
 @contextlib.contextmanager
 def fast_lowering() -> Iterator[None]:
-    """Both patches, and no stack traces in nodes, while it is open; not for several threads."""
+    """The patches, and no stack traces in nodes, while it is open; not for several threads."""
     pass_manager, set_meta = xnnpack_preprocess.XNNPACKPassManager, fx_traceback.set_current_meta
     no_traces = torch.fx.config.do_not_emit_stack_traces
-    run_decompositions = ExportedProgram.run_decompositions
-    ExportedProgram.run_decompositions = lambda program, *_: program
+    decompose = ExportedProgram.run_decompositions
+    ExportedProgram.run_decompositions = _as_it_is  # type: ignore[method-assign]
     xnnpack_preprocess.XNNPACKPassManager = _FewPasses
     fx_traceback.set_current_meta = _meta_with_one_source
     torch.fx.config.do_not_emit_stack_traces = True
     try:
         yield
     finally:
-        ExportedProgram.run_decompositions = run_decompositions
+        ExportedProgram.run_decompositions = decompose  # type: ignore[method-assign]
         xnnpack_preprocess.XNNPACKPassManager = pass_manager
         fx_traceback.set_current_meta = set_meta
         torch.fx.config.do_not_emit_stack_traces = no_traces

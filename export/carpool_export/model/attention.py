@@ -1,4 +1,4 @@
-# ruff: noqa: N803, N806, N815  shape suffixes: the legend stands in the docstring
+# ruff: noqa: N803, N806  shape suffixes: the legend stands in the docstring
 """Attention for packed batches, under a name that the model library takes.
 
 The library's models hand queries, keys and values of a batch of one to the function below; it
@@ -68,10 +68,11 @@ class Attending:
             return padding_B11T
         places = torch.arange(length)
         distance_TT = places.view(length, 1) - places.view(1, length)
-        seen_TT = distance_TT >= 0 if self.causal else distance_TT >= distance_TT
+        nearest = 0 if self.causal else 1 - (window or 0)
+        unseen_TT = (distance_TT < nearest).to(torch.float32)
         if window is not None:
-            seen_TT = seen_TT & (distance_TT.abs() < window)
-        unseen_TT = (1.0 - seen_TT.to(torch.float32)) * MASKED
+            unseen_TT = unseen_TT + (distance_TT >= window).to(torch.float32)
+        unseen_TT = unseen_TT * MASKED
         return repeat_slots(padding_B11T + unseen_TT.view(1, 1, length, length), shared)
 
 

@@ -132,7 +132,7 @@ def first_position(model: PreTrainedModel) -> int:
 
 
 def has_token_types(model: PreTrainedModel) -> bool:
-    """Whether it has a type for each token, 0 when not told. (GPT-2 takes types and has none.)"""
+    """Whether it has a type for each token, 0 when not told; GPT-2 takes types and has none."""
     if "token_type_ids" not in inspect.signature(model.forward).parameters:
         return False
     tokens, types = _probe(model), torch.zeros(1, _PROBE_TOKENS, dtype=torch.int64)

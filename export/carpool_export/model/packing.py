@@ -1,4 +1,4 @@
-# ruff: noqa: N803, N806, N815  shape suffixes: the legend stands in the docstring
+# ruff: noqa: N802, N803, N806, N815  shape suffixes: the legend stands in the docstring
 """A batch without its padding: the real tokens of all rows, one after the other.
 
 Everything in a transformer but attention treats each token alone, and in a batch of queries a
@@ -82,7 +82,7 @@ class Packing:
         must not depend on padding.
         """
         heads = values_NHK.shape[1]
-        result: Tensor = _SplitHeads.apply(
+        result: Tensor = _SplitHeads.apply(  # type: ignore[no-untyped-call]
             values_NHK, self._slot_index(heads, groups), self._place(heads)
         )
         return result
@@ -92,7 +92,7 @@ class Packing:
         batch, length = self.slots_BT.shape
         groups = values_BGSK.shape[1]
         mask_B1S1 = self.mask_BT.view(batch, 1, length, 1)
-        result: Tensor = _MergeHeads.apply(
+        result: Tensor = _MergeHeads.apply(  # type: ignore[no-untyped-call]
             values_BGSK,
             self._slot_index(heads, groups),
             self._place(heads),
@@ -126,19 +126,19 @@ def _gather(values: Tensor, index: Tensor) -> Tensor:
 
 class _SplitHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values_NHK: Tensor, slot_BGS: Tensor, place_NH: Tensor) -> Tensor:  # type: ignore[override]  # noqa: ANN401
+    def forward(ctx: Any, values_NHK: Tensor, slot_BGS: Tensor, place_NH: Tensor) -> Tensor:  # noqa: ANN401
         ctx.save_for_backward(place_NH)
         return _gather(values_NHK, slot_BGS)
 
     @staticmethod
-    def backward(ctx: Any, gradient_BGSK: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]  # noqa: ANN401
+    def backward(ctx: Any, gradient_BGSK: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401
         (place_NH,) = ctx.saved_tensors
         return _gather(gradient_BGSK, place_NH), None, None
 
 
 class _MergeHeads(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,  # noqa: ANN401
         values_BGSK: Tensor,
         slot_BGS: Tensor,
@@ -149,6 +149,6 @@ class _MergeHeads(torch.autograd.Function):
         return _gather(values_BGSK, place_NH)
 
     @staticmethod
-    def backward(ctx: Any, gradient_NHK: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]  # noqa: ANN401
+    def backward(ctx: Any, gradient_NHK: Tensor) -> tuple[Tensor, None, None, None]:  # noqa: ANN401
         slot_BGS, mask_B1S1 = ctx.saved_tensors
         return _gather(gradient_NHK, slot_BGS) * mask_B1S1, None, None, None

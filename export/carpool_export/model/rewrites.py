@@ -41,7 +41,7 @@ def _rotation_as_product(model: PreTrainedModel) -> Iterator[None]:
     Why: it cuts activations in two and joins them again, and XNNPACK has no cutting of values
     that are computed; a small product it has, and it is exact.
     """
-    modules = {sys.modules[type(module).__module__] for module in model.modules()}
+    modules: set[Any] = {sys.modules[type(module).__module__] for module in model.modules()}
     saved = [(module, module.rotate_half) for module in modules if hasattr(module, "rotate_half")]
     for module, _ in saved:
         module.rotate_half = _rotate_half
@@ -77,7 +77,7 @@ def _transposed_weights_as_linear(model: PreTrainedModel) -> Iterator[None]:
             if isinstance(child, Conv1D):
                 replaced.append((parent, name, child))
     for parent, name, child in replaced:
-        linear = torch.nn.Linear(*child.weight.shape, dtype=child.weight.dtype)
+        linear = torch.nn.Linear(child.nx, child.nf, dtype=child.weight.dtype)
         linear.weight = torch.nn.Parameter(child.weight.t().contiguous(), requires_grad=False)
         linear.bias = torch.nn.Parameter(child.bias.detach(), requires_grad=False)
         setattr(parent, name, linear)

@@ -77,13 +77,15 @@ def read_prompts(folder: Path) -> Prompts:
         ExportError: prompts that are no texts.
     """
     settings = _settings(folder)
-    prompts = settings.get("prompts") or {}
-    if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
+    prompts = {
+        name: text for name, text in (settings.get("prompts") or {}).items() if text is not None
+    }
+    if not all(isinstance(text, str) for text in prompts.values()):
         raise ExportError(
             f"{folder / 'config_sentence_transformers.json'}: prompts: expected texts by name, "
             f"got {prompts!r}."
         )
-    default = prompts.get(settings.get("default_prompt_name") or "", "")
+    default = str(prompts.get(settings.get("default_prompt_name") or "", ""))
     document = next((prompts[name] for name in _DOCUMENT_PROMPTS if name in prompts), default)
     return Prompts(query=prompts.get("query", default), document=document)
 

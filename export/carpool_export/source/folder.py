@@ -139,8 +139,13 @@ def _is_dict(value: object) -> bool:
     return isinstance(value, dict)
 
 
+def is_chain(folder: Path) -> bool:
+    """Whether it is a sentence-transformers folder, which says itself how it pools."""
+    return (folder / "modules.json").is_file()
+
+
 def _readout(folder: Path, pooling: Pooling | None) -> Readout:
-    if (folder / "modules.json").is_file():
+    if is_chain(folder):
         if pooling is not None:
             raise ExportError(
                 f"--pooling: {folder} says in its modules.json how it pools; expected none, got "
