@@ -106,6 +106,15 @@ class Program(Model):
     values_per_document: Annotated[int, Field(ge=0)]
     methods: dict[str, Method]
 
+    @model_validator(mode="after")
+    def _has_every_method(self) -> Self:
+        if missing := sorted({"gradients", "scores", "embed"} - self.methods.keys()):
+            raise ValueError(f"expected gradients, scores and embed, got no {missing}")
+        for name, method in self.methods.items():
+            if missing := sorted({"batch", "length"} - method.bounds.keys()):
+                raise ValueError(f"{name}: expected bounds of batch and length, got no {missing}")
+        return self
+
 
 class SourceModel(Model):
     """The frozen model that went in.

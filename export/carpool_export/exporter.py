@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from carpool.bundle import Bundle, finish_bundle, staging_folder
 from carpool.bundle import manifest as schema
@@ -175,13 +176,18 @@ def _bounds(settings: ExportSettings) -> Bounds:
 
 
 def _other_catalogues(trainables: Trainables, *, width: int) -> list[Tensor]:
-    """The smallest and a larger one, where the program takes any."""
+    """The smallest and a larger one, where the program takes any.
+
+    Of documents that are much alike: among two that are not, the right one's probability is
+    nearly 1, and a gradient near zero is a difference that float32 has few digits of.
+    """
     if not trainables.any_catalogue:
         return []
     generator = torch.Generator().manual_seed(0)
+    common = torch.randn(1, width, generator=generator)
     sizes = (MIN_DOCUMENTS, 2 * trainables.num_documents + 1)
     return [
-        torch.nn.functional.normalize(torch.randn(size, width, generator=generator), dim=-1)
+        functional.normalize(common + 0.2 * torch.randn(size, width, generator=generator), dim=-1)
         for size in sizes
     ]
 

@@ -147,9 +147,9 @@ def _write_soft_model(
     table.weight.copy_(torch.from_numpy(rows / np.float32(scale)))
     model.save_pretrained(folder)
     for path in sorted(source.folder.iterdir()):
-        if path.is_file() and path.suffix in {".json", ".txt"} and path.name not in _NOT_COPIED:
-            if not (folder / path.name).exists():
-                shutil.copyfile(path, folder / path.name)
+        copied = path.suffix in {".json", ".txt"} and path.name not in _NOT_COPIED
+        if path.is_file() and copied and not (folder / path.name).exists():
+            shutil.copyfile(path, folder / path.name)
 
 
 _NOT_COPIED = {"data_config.json", "model.safetensors.index.json"}

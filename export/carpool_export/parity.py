@@ -158,12 +158,13 @@ def check_parity(
             batch=size,
             length=length,
             vocabulary=vocabulary,
-            num_documents=len(eager.corpus["documents"]),
+            # Among few documents, rows for different ones nearly cancel in the sum.
+            num_documents=len(eager.corpus["documents"]) if eager is reference else 1,
             seed=seed,
         )
         theta = random_theta(eager.layout.num_values, seed=seed)
         found = measure(program, eager, theta, batch)
-        documents = f", {len(eager.corpus['documents'])} documents" if eager != reference else ""
+        documents = f", {len(eager.corpus['documents'])} documents" if eager is not reference else ""
         _refuse_above_gate(found, f"at batch {size}, length {length}{documents}")
         worst = worst.worst(found)
     size = max(size for size, _ in shapes)

@@ -120,12 +120,19 @@ class Reference:
         return logits + parameter["head.bias"] if "head.bias" in parameter else logits
 
     def _embed(self, parameter: dict[str, Tensor], batch: Batch) -> Tensor:
-        soft = self.model.get_input_embeddings()(batch.input_ids)
-        soft = _adapted(soft, parameter, self._corpus())
-        states = self.model(
-            inputs_embeds=soft, attention_mask=batch.attention_mask
-        ).last_hidden_state
-        return _read_out(states, batch.attention_mask, self.readout)
+        """Each row alone and without its padding, of which some models make NaN."""
+        rows = [
+            self._embed_row(parameter, ids[mask != 0])
+            for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)
+        ]
+        return torch.stack(rows)
+
+    def _embed_row(self, parameter: dict[str, Tensor], ids: Tensor) -> Tensor:
+        soft = self.model.get_input_embeddings()(ids)
+        soft = _adapted(soft, parameter, self._corpus()).unsqueeze(0)
+        mask = torch.ones(soft.shape[:2], dtype=torch.int64)
+        states = self.model(inputs_embeds=soft, attention_mask=mask).last_hidden_state
+        return read_out(states[0], self.readout)
 
     def _corpus(self) -> dict[str, Tensor]:
         return {name: values.to(self.model.dtype) for name, values in self.corpus.items()}
@@ -162,14 +169,9 @@ class Reference:
         return losses, gradients
 
 
-def _read_out(states: Tensor, mask: Tensor, readout: Readout) -> Tensor:
-    real = mask.unsqueeze(-1).to(states.dtype)
-    last = mask.sum(1) - 1
-    pooled = {
-        "mean": (states * real).sum(1) / real.sum(1),
-        "cls": states[:, 0],
-        "last": states[torch.arange(len(states)), last],
-    }[readout.pooling]
+def read_out(states: Tensor, readout: Readout) -> Tensor:
+    """A row's embedding, shape ``(D,)``, from the states of its tokens, ``(T, D)``."""
+    pooled = {"mean": states.mean(0), "cls": states[0], "last": states[-1]}[readout.pooling]
     for dense in readout.dense:
         bias = None if dense.bias is None else dense.bias.to(states.dtype)
         pooled = functional.linear(pooled, dense.weight.to(states.dtype), bias)

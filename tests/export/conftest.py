@@ -44,16 +44,22 @@ def _tiny_weights() -> BertModel:
     )
 
 
-@pytest.fixture
-def tiny_model(_tiny_weights: BertModel, tmp_path: Path) -> Path:
-    """A sentence-transformers folder with a random one-layer BERT and a tokenizer of 12 words."""
-    folder = tmp_path / "tiny"
-    _tiny_weights.save_pretrained(folder)
+@pytest.fixture(scope="session")
+def tokenizer_json() -> str:
+    """A WordPiece tokenizer of 12 words."""
     vocabulary = {word: index for index, word in enumerate((*SPECIAL, *WORDS))}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=SPECIAL[1]))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    tokenizer.save(str(folder / "tokenizer.json"))
+    return str(tokenizer.to_str())
+
+
+@pytest.fixture
+def tiny_model(_tiny_weights: BertModel, tokenizer_json: str, tmp_path: Path) -> Path:
+    """A sentence-transformers folder with a random one-layer BERT and a tokenizer of 12 words."""
+    folder = tmp_path / "tiny"
+    _tiny_weights.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(tokenizer_json)
     chain = (("Transformer", ""), ("Pooling", "1_Pooling"))
     (folder / "modules.json").write_text(
         json.dumps(

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from carpool.errors import BundleError, CarpoolError, CorpusError, ExportError
 from carpool_export.commands import register
-from carpool_export.exporter import ExportSettings, export_bundle
+from carpool_export.exporter import export_bundle
+from carpool_export.settings import ExportSettings
 from carpool_export.source import open_source
 from carpool_export.trainables import Kinds
 

@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
+from export_cases import golden_batch, step_inputs
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from torch.nn import functional
 
 from carpool.theta import write_theta
 from carpool_export.corpus import principal_directions
-from carpool_export.exporter import ExportSettings, export_bundle
+from carpool_export.exporter import export_bundle
 from carpool_export.lowering import private
 from carpool_export.lowering.decompositions import DECOMPOSITIONS
 from carpool_export.merge import merge
-from carpool_export.model import Encoder, load_model
+from carpool_export.methods import Bounds, describe_methods, methods_to_lower
+from carpool_export.model import (
+    EAGER_ATTENTION,
+    PACKED_ATTENTION,
+    Readout,
+    build_encoder,
+    load_model,
+)
 from carpool_export.parity import random_batch, random_theta, relative_error
 from carpool_export.program import StepFunctions
 from carpool_export.reference import Reference, clipped_sum
 from carpool_export.runner import LoadedProgram
+from carpool_export.settings import ExportSettings
 from carpool_export.trainables import AdapterKind, HeadKind, Kinds, build_trainables
 
 WIDTH, DOCUMENTS, VOCABULARY = 24, 9, 17
@@ -53,11 +62,19 @@ def frozen_for(kinds: Kinds) -> dict[str, torch.Tensor]:
 
 def functions_for(kinds: Kinds, model: Path) -> StepFunctions:
     return StepFunctions(
-        encoder=Encoder(load_model(model, attention="carpool_bmm")),
+        encoder=build_encoder(
+            load_model(model, attention=PACKED_ATTENTION),
+            load_model(model, attention=EAGER_ATTENTION),
+            Readout(),
+        ),
         trainables=build_trainables(
             kinds, width=WIDTH, num_documents=DOCUMENTS, logit_scale=20.0, scales={}
         ),
     )
+
+
+def call(functions: StepFunctions, method: str, inputs: dict[str, torch.Tensor]) -> Any:  # noqa: ANN401  a tensor or several
+    return getattr(functions, method)(*(inputs[name] for name in functions.inputs_of(method)))
 
 
 @pytest.mark.parametrize("kinds", PAIRS, ids=named)
@@ -66,8 +83,9 @@ def test_step_equals_eager(kinds: Kinds, tiny_model: Path) -> None:
     functions, frozen = functions_for(kinds, tiny_model), frozen_for(kinds)
     layout = functions.trainables.layout
     reference = Reference(
-        model=load_model(tiny_model, attention="eager").double(),
+        model=load_model(tiny_model, attention=EAGER_ATTENTION).double(),
         layout=layout,
+        readout=Readout(),
         logit_scale=20.0,
         corpus=frozen,
     )
@@ -75,25 +93,18 @@ def test_step_equals_eager(kinds: Kinds, tiny_model: Path) -> None:
     batch = random_batch(batch=4, length=7, vocabulary=VOCABULARY, num_documents=DOCUMENTS, seed=2)
     losses, examples = reference.example_gradients(theta, batch)
     bound = 0.9 * float(examples[batch.example_weights != 0].norm(dim=1).median())
-    assert functions.frozen_names == tuple(frozen)
+    assert tuple(functions.trainables.frozen_shapes) == tuple(frozen)
+    inputs = step_inputs(reference, theta, batch)
     for clip in (1e30, bound):
-        loss, gradient = functions.gradients(
-            theta,
-            *frozen.values(),
-            batch.input_ids,
-            batch.attention_mask,
-            batch.labels,
-            batch.example_weights,
-            torch.tensor([clip]),
-        )
+        inputs["l2_clip_norm"] = torch.tensor([clip])
+        loss, gradient = call(functions, "gradients", inputs)
         expected = clipped_sum(examples, batch.example_weights, l2_clip_norm=clip)
         assert relative_error(gradient, expected) <= 2e-6
         assert relative_error(loss, (losses * batch.example_weights).sum().reshape(1)) <= 2e-6
-    scores = functions.scores(theta, *frozen.values(), batch.input_ids, batch.attention_mask)
+    scores = call(functions, "scores", inputs)
     assert relative_error(scores, reference.scores(theta, batch)) <= 2e-6
-    untrained = functions.scores(
-        torch.zeros_like(theta), *frozen.values(), batch.input_ids, batch.attention_mask
-    )
+    assert relative_error(call(functions, "embed", inputs), reference.embed(theta, batch)) <= 2e-6
+    untrained = call(functions, "scores", inputs | {"theta": torch.zeros_like(theta)})
     cosines = reference.scores(torch.zeros_like(theta), batch) / 20.0
     assert relative_error(untrained, 20.0 * cosines) <= 2e-6
     assert float(cosines.abs().max()) <= 1.0
@@ -105,16 +116,10 @@ def test_a_program_without_adapter_has_no_backward_pass_through_the_blocks(
     """The derivative of gelu, of which there is one per block, is not in it."""
 
     def derivatives(kinds: Kinds) -> int:
-        functions, frozen = functions_for(kinds, tiny_model), frozen_for(kinds)
-        inputs = (
-            torch.zeros(functions.trainables.layout.num_values),
-            *frozen.values(),
-            torch.ones(4, 7, dtype=torch.int64),
-            torch.ones(4, 7, dtype=torch.int64),
-            torch.zeros(4, dtype=torch.int64),
-            torch.ones(4),
-            torch.ones(1),
-        )
+        functions = functions_for(kinds, tiny_model)
+        bounds = Bounds(batch=4, length=7, embed_length=7, documents=50)
+        methods = methods_to_lower(functions, describe_methods(functions, bounds))
+        inputs = methods["gradients"].example_inputs
         graph = private.trace(functions.gradients, inputs, decompositions=DECOMPOSITIONS).graph
         return sum(node.target is torch.ops.aten.exp.default for node in graph.nodes)
 
@@ -140,16 +145,10 @@ def test_exported_pair_passes_the_gate_and_merges(
     write_theta(path, theta.numpy(), layout=manifest.layout, bundle_id=bundle.id, round_number=1)
     merge(bundle.path, path, tmp_path / "merged", model=str(tiny_model))
     vectors = load_file(tmp_path / "merged" / "documents.safetensors")["vectors"]
-    arrays, texts = bundle.golden()
+    _, texts = bundle.golden()
     library = SentenceTransformer(str(tmp_path / "merged"), device="cpu")
     expected = library.similarity(library.encode(texts, convert_to_tensor=True), vectors)
-    (scores,) = LoadedProgram(bundle.program_path, ("scores",)).call(
-        "scores",
-        (
-            theta,
-            *(torch.from_numpy(array) for array in bundle.corpus().values()),
-            torch.from_numpy(arrays["input_ids"]),
-            torch.from_numpy(arrays["attention_mask"]),
-        ),
-    )
+    corpus = {name: torch.from_numpy(array) for name, array in bundle.corpus().items()}
+    inputs = {"theta": theta, **corpus, **golden_batch(bundle).packed()}
+    (scores,) = LoadedProgram(bundle.program_path, manifest.program.methods).call("scores", inputs)
     assert relative_error(scores, expected) <= 1e-5

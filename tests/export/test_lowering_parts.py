@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from carpool_export import model
+from carpool.bundle.manifest import Method, TensorSpec
 from carpool_export.lowering import MethodToLower, lower, passes, private
 from carpool_export.lowering.decompositions import DECOMPOSITIONS
 from carpool_export.lowering.product import PRODUCT
+from carpool_export.model import PACKED_ATTENTION
 from carpool_export.runner import LoadedProgram
 
 aten = torch.ops.aten
@@ -33,7 +34,7 @@ def test_private_name_is_where_it_was(module: str, name: str) -> None:
 
 def test_librarys_mask_code_does_not_know_our_attention() -> None:
     """Else transformers would build masks of its own, which cannot be traced."""
-    assert model._ATTENTION not in ALL_MASK_ATTENTION_FUNCTIONS
+    assert PACKED_ATTENTION not in ALL_MASK_ATTENTION_FUNCTIONS
 
 
 def test_patches_are_undone_even_after_an_error() -> None:
@@ -42,6 +43,7 @@ def test_patches_are_undone_even_after_an_error() -> None:
         private.xnnpack_preprocess.XNNPACKPassManager,
         private.fx_traceback.set_current_meta,
         torch.fx.config.do_not_emit_stack_traces,
+        ExportedProgram.run_decompositions,
     )
 
     def fail_inside() -> None:
@@ -55,6 +57,7 @@ def test_patches_are_undone_even_after_an_error() -> None:
         private.xnnpack_preprocess.XNNPACKPassManager,
         private.fx_traceback.set_current_meta,
         torch.fx.config.do_not_emit_stack_traces,
+        ExportedProgram.run_decompositions,
     )
 
 
@@ -83,6 +86,14 @@ def targets(program: ExportedProgram) -> list[Any]:
 
 def transposed_twice(x: Tensor) -> Tensor:
     return aten.t(aten.t(x)) + 1.0
+
+
+def transposed(x: Tensor) -> Tensor:
+    return aten.t(x) + 1.0
+
+
+def squeezed(x: Tensor) -> Tensor:
+    return (x.unsqueeze(1) * 2.0).squeeze(1) + 1.0
 
 
 def moved_twice(x: Tensor) -> Tensor:
@@ -138,6 +149,13 @@ def repeated(x: Tensor) -> Tensor:
     [
         (passes.drop_identities, copies, [aten.alias.default, aten.expand.default], []),
         (passes.merge_transposes, transposed_twice, [aten.t.default], []),
+        (passes.merge_transposes, transposed, [aten.t.default], [aten.permute.default]),
+        (
+            passes.name_views_alike,
+            squeezed,
+            [aten.unsqueeze.default, aten.squeeze.dim],
+            [aten.view.default] * 2,
+        ),
         (
             passes.merge_transposes,
             moved_twice,
@@ -174,7 +192,8 @@ def test_pass_rewrites_and_keeps_the_function(
     """What must be gone is gone, what must remain remains that often, values are equal."""
     x = torch.arange(24.0).view(4, 6) / 10
     program = flat_program(function, x)
-    passes.name_views_alike(program.graph)
+    if rewrite is not passes.name_views_alike:
+        passes.name_views_alike(program.graph)
     assert rewrite(program.graph) > 0
     program.graph.eliminate_dead_code()
     program.graph.lint()
@@ -212,11 +231,12 @@ def test_lowered_products_equal_eager(tmp_path: Path) -> None:
     )
     program = tmp_path / "products.pte"
     program.write_bytes(lower({"products": method}, progress=lambda _: None))
-    loaded = LoadedProgram(program, ("products",))
+    specs = [TensorSpec(name=name, dtype="float32", shape=(1,)) for name in ("x", "weight")]
+    loaded = LoadedProgram(program, {"products": Method(bounds={}, inputs=specs, outputs=())})
     for batch in (1, 4, 9):
         x = torch.randn(batch, 24, generator=generator)
         for found, expected in zip(
-            loaded.call("products", (x, weight)), products(x, weight), strict=True
+            loaded.call("products", {"x": x, "weight": weight}), products(x, weight), strict=True
         ):
             torch.testing.assert_close(found, expected)
 
@@ -264,7 +284,26 @@ _, MEAN, RSTD = aten.native_layer_norm(X, [7], WEIGHT, BIAS, 1e-12)
             aten._softmax_backward_data.default,
             (GRAD, torch.softmax(X, -1), -1, torch.float32),
         ),
+        (aten.native_layer_norm.default, (X, [7], None, None, 1e-5)),
         (aten.gelu_backward.default, (torch.ones(10), EDGES)),
+        (partial(aten.gelu.default, approximate="tanh"), (EDGES,)),
+        (partial(aten.gelu_backward.default, approximate="tanh"), (torch.ones(10), EDGES)),
+        (aten.silu.default, (EDGES,)),
+        (aten.silu_backward.default, (torch.ones(10), EDGES)),
+        (aten.sigmoid_backward.default, (GRAD, torch.sigmoid(X))),
+        (aten.tanh_backward.default, (GRAD, torch.tanh(X))),
+        (aten.threshold_backward.default, (torch.ones(10), EDGES.relu(), 0)),
+        (aten.pow.Tensor_Scalar, (X, 2)),
+        (aten.pow.Tensor_Scalar, (X, 3)),
+        (aten.pow.Tensor_Scalar, (X.abs(), 0.5)),
+        (aten.pow.Tensor_Scalar, (X.abs(), -0.5)),
+        (aten._fused_rms_norm.default, (X, [7], WEIGHT, 1e-6)),
+        (aten._fused_rms_norm.default, (X, [7], None, None)),
+        (aten.mean.dim, (X, [-1], True)),
+        (aten.slice_backward.default, (GRAD, [5, 9], 1, 1, 8, 1)),
+        (aten.select_backward.default, (GRAD, [5, 3, 7], 1, -1)),
+        (aten.split_with_sizes.default, (X, [2, 5], 1)),
+        (aten.split.Tensor, (X, 3, 1)),
         (aten.sum.dim_IntList, (X, [-1])),
         (aten.sum.dim_IntList, (X, [1], True)),
     ],
@@ -272,7 +311,9 @@ _, MEAN, RSTD = aten.native_layer_norm(X, [7], WEIGHT, BIAS, 1e-12)
 )
 def test_decomposition_equals_the_operator(operator: Any, arguments: tuple[Any, ...]) -> None:  # noqa: ANN401  an overload
     """To float32 rounding, at the edges too: gelu at 0, tiny and large arguments."""
-    expected, found = operator(*arguments), DECOMPOSITIONS[operator](*arguments)
+    overload, options = getattr(operator, "func", operator), getattr(operator, "keywords", {})
+    expected = operator(*arguments)
+    found = DECOMPOSITIONS[overload](*arguments, **options)
     pairs = (
         [(expected, found)] if isinstance(expected, Tensor) else zip(expected, found, strict=True)
     )
@@ -284,4 +325,8 @@ def test_decomposition_equals_the_operator(operator: Any, arguments: tuple[Any, 
 def test_uncovered_cases_are_left_as_they_are() -> None:
     """A decomposition that does not apply says so, and the operator stays."""
     assert DECOMPOSITIONS[aten.sum.dim_IntList](X, [0]) is NotImplemented
-    assert DECOMPOSITIONS[aten.gelu_backward.default](X, X, approximate="tanh") is NotImplemented
+    assert DECOMPOSITIONS[aten.mean.dim](X, [0]) is NotImplemented
+    assert DECOMPOSITIONS[aten.gelu.default](X) is NotImplemented
+    assert DECOMPOSITIONS[aten.pow.Tensor_Scalar](X, 1.5) is NotImplemented
+    assert DECOMPOSITIONS[aten.threshold_backward.default](X, X, 0.5) is NotImplemented
+    assert DECOMPOSITIONS[aten.slice_backward.default](X, [5, 14], 1, 0, 14, 2) is NotImplemented

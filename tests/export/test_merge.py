@@ -6,8 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
-from export_cases import MODEL, Case
+from export_cases import MODEL, Case, golden_batch
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
@@ -42,13 +41,9 @@ def test_merged_models_scores_are_the_programs(
     merge(case.bundle.path, tmp_path / "theta.safetensors", tmp_path / "merged", model=MODEL)
     library = SentenceTransformer(str(tmp_path / "merged"), device="cpu")
     vectors = load_file(tmp_path / "merged" / "documents.safetensors")["vectors"]
-    golden, texts = case.bundle.golden()
+    _, texts = case.bundle.golden()
     queries = library.encode(texts, convert_to_tensor=True)
-    scores = case.scores(
-        theta,
-        torch.from_numpy(golden["input_ids"]),
-        torch.from_numpy(golden["attention_mask"]),
-    )
+    scores = case.scores(theta, golden_batch(case.bundle))
     assert relative_error(library.similarity(queries, vectors), scores) <= 1e-5
     assert library.max_seq_length == manifest.tokenizer.max_length
     assert (tmp_path / "merged" / "documents.jsonl").read_bytes() == (

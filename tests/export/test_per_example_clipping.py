@@ -10,8 +10,16 @@ from opacus import GradSampleModule
 from torch import Tensor, nn
 from torch.nn import functional
 
-from carpool_export.model import Encoder, load_model
+from carpool_export.model import (
+    EAGER_ATTENTION,
+    PACKED_ATTENTION,
+    Packing,
+    Readout,
+    build_encoder,
+    load_model,
+)
 from carpool_export.program import StepFunctions
+from carpool_export.reference import Batch
 from carpool_export.trainables import PRESETS, build_trainables
 from carpool_export.trainables.per_example import Direct, Outer, TokenOuter
 
@@ -24,7 +32,7 @@ class PaperModel(nn.Module):
 
     def __init__(self, folder: Path, weight: Tensor, rows: Tensor) -> None:
         super().__init__()
-        self.blocks = load_model(folder, attention="eager")
+        self.blocks = load_model(folder, attention=EAGER_ATTENTION)
         self.adapter = nn.Linear(WIDTH, WIDTH, bias=False)
         self.head = nn.Linear(WIDTH, DOCUMENTS, bias=False)
         self.adapter.weight.data.copy_(weight)
@@ -73,11 +81,14 @@ def test_clipped_sum_equals_that_of_opacus(tiny_model: Path, clip: float) -> Non
     factors = weights * (clip / norms).clamp(max=1.0)
     expected = (factors[:, None] * samples).sum(0)
 
-    functions = StepFunctions(
-        encoder=Encoder(load_model(tiny_model, attention="carpool_bmm")), trainables=trainables
+    encoder = build_encoder(
+        load_model(tiny_model, attention=PACKED_ATTENTION),
+        load_model(tiny_model, attention=EAGER_ATTENTION),
+        Readout(),
     )
-    _, gradient = functions.gradients(
-        theta, documents, ids, mask, labels, weights, torch.tensor([clip])
+    batch = Batch(input_ids=ids, attention_mask=mask, labels=labels, example_weights=weights)
+    _, gradient = StepFunctions(encoder=encoder, trainables=trainables).gradients(
+        theta, documents, *batch.packed().values(), labels, weights, torch.tensor([clip])
     )
     torch.testing.assert_close(
         gradient, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())
@@ -92,13 +103,20 @@ def test_norm_and_sum_are_those_of_the_gradients_written_out(form: str) -> None:
     torch.manual_seed(6)
     left, right = torch.randn(3, 5, 4), torch.randn(3, 5, 6)
     weights = torch.tensor([[0.5], [0.0], [2.0]])
+    lengths = (5, 1, 3)
+    real = torch.arange(5) < torch.tensor(lengths).view(3, 1)
+    slots = torch.where(real, real.flatten().cumsum(0).view(3, 5) - 1, -1)
+    packing = Packing(*torch.where(real), slots)
     gradients, ours = {
         "direct": (left[:, 0], Direct(left[:, 0])),
         "outer": (
             torch.einsum("bm,bk->bmk", left[:, 0], right[:, 0]),
             Outer(left[:, 0], right[:, 0]),
         ),
-        "token_outer": (torch.einsum("btm,btk->bmk", left, right), TokenOuter(left, right)),
+        "token_outer": (
+            torch.stack([left[r, :n].T @ right[r, :n] for r, n in enumerate(lengths)]),
+            TokenOuter(left[real], right[real], packing),
+        ),
     }[form]
     flat = gradients.reshape(3, -1).double()
     expected = (flat**2).sum(1, keepdim=True)

@@ -5,13 +5,13 @@ In float64, because eager float32 is itself off by up to half of the bar.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
 import pytest
 import torch
-from export_cases import MODEL, Case
+from export_cases import MODEL, Case, golden_batch, step_inputs
 from sentence_transformers import SentenceTransformer
+from torch.nn import functional
 
 from carpool.recipe import PLAIN_GRADIENT_CLIP
 from carpool_export.parity import random_batch, random_theta, relative_error
@@ -94,10 +94,39 @@ def test_twenty_local_steps_stay_with_eager(case: Case) -> None:
 def test_scores_equal_eager(case: Case, shape: tuple[int, int]) -> None:
     """Scores at a trained theta, to 5e-6 of the largest."""
     batch, theta = make_batch(case, *shape), random_theta(case.num_values, seed=14)
-    scores = case.scores(theta, batch.input_ids, batch.attention_mask)
+    scores = case.scores(theta, batch)
     with torch.no_grad():
         expected = case.reference.scores(theta, batch)
     assert relative_error(scores, expected) <= 5e-6
+
+
+@pytest.mark.parametrize("documents", [2, 77, 1_000, 10_000])
+def test_one_program_serves_any_catalogue(small: Case, documents: int) -> None:
+    """Gradients and scores over other numbers of documents than it was exported with."""
+    generator = torch.Generator().manual_seed(documents)
+    rows = torch.randn(1, 384, generator=generator)
+    rows = rows + 0.5 * torch.randn(documents, 384, generator=generator)
+    reference = small.reference.over(functional.normalize(rows, dim=-1))
+    theta = random_theta(reference.layout.num_values, seed=1)
+    batch = random_batch(batch=3, length=9, vocabulary=30522, num_documents=1, seed=2)
+    inputs = step_inputs(reference, theta, batch, PLAIN_GRADIENT_CLIP)
+    loss, gradient = small.program.call("gradients", inputs)
+    expected_loss, expected = reference.plain_gradients(theta, batch)
+    # The largest gradient is a bias's, and float32 sums over all documents stand behind it.
+    assert relative_error(gradient, expected) <= (BAR if documents < 10_000 else 2 * BAR)
+    assert relative_error(loss, expected_loss, at_least=1.0) <= BAR
+    (scores,) = small.program.call("scores", inputs)
+    assert relative_error(scores, reference.scores(theta, batch)) <= 5e-6
+
+
+@pytest.mark.parametrize("length", [1, 2, 64, 128])
+def test_embeddings_equal_eager(case: Case, length: int) -> None:
+    """Of texts longer than a query, too, and of a single token."""
+    batch = make_batch(case, 1 if length == 1 else 8, max(length, 2))
+    batch.attention_mask[:, length:] = 0
+    theta = random_theta(case.num_values, seed=15)
+    (found,) = case.program.call("embed", step_inputs(case.reference, theta, batch))
+    assert relative_error(found, case.reference.embed(theta, batch)) <= 5e-6
 
 
 def test_untrained_scores_are_the_librarys_cosines(case: Case) -> None:
@@ -106,12 +135,8 @@ def test_untrained_scores_are_the_librarys_cosines(case: Case) -> None:
     library.max_seq_length = case.bundle.manifest.documents.embedding_length
     documents = case.bundle.documents()
     passages = [documents[place].passage for place in (0, 7, 300)]
-    golden, texts = case.bundle.golden()
-    scores = case.scores(
-        torch.zeros(case.num_values),
-        torch.from_numpy(golden["input_ids"]),
-        torch.from_numpy(golden["attention_mask"]),
-    )
+    _, texts = case.bundle.golden()
+    scores = case.scores(torch.zeros(case.num_values), golden_batch(case.bundle))
     encode = {"convert_to_tensor": True, "normalize_embeddings": True}
     cosines = library.encode(texts, **encode) @ library.encode(passages, **encode).T
     expected = case.bundle.manifest.logit_scale * cosines
@@ -122,20 +147,16 @@ def test_golden_step_replays_and_would_notice_a_wrong_runtime(case: Case) -> Non
     """The stored step holds on the machine that made it, at the gate and not only at 1e-4."""
     arrays, texts = case.bundle.golden()
     golden = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    batch = Batch(
-        **{
-            name: golden[name]
-            for name in ("input_ids", "attention_mask", "labels", "example_weights")
-        }
-    )
-    loss, gradient = case.step(golden["theta"], batch, float(golden["l2_clip_norm"]))
+    loss, gradient = case.program.call("gradients", golden)
+    (scores,), (embeddings,) = (case.program.call(name, golden) for name in ("scores", "embed"))
     assert relative_error(gradient, golden["expected_gradient"]) <= BAR
     assert relative_error(loss, golden["expected_loss"], at_least=1.0) <= BAR
+    assert relative_error(scores, golden["expected_scores"]) <= 5e-6
+    assert relative_error(embeddings, golden["expected_embed"]) <= 5e-6
     assert texts == [document.title for document in case.bundle.documents()[:4]]
-    wrong = batch.attention_mask.clone()
-    wrong[0, 1] = 0
-    changed = dataclasses.replace(batch, attention_mask=wrong)
-    _, other = case.step(golden["theta"], changed, float(golden["l2_clip_norm"]))
+    wrong = golden["slot_tokens"].clone()
+    wrong[0, 1] = -1
+    _, other = case.program.call("gradients", golden | {"slot_tokens": wrong})
     tolerance = case.bundle.manifest.golden.gradient_tolerance
     assert relative_error(other, golden["expected_gradient"]) > 10 * tolerance
 
@@ -155,7 +176,9 @@ def test_manifest_says_what_is_in_the_bundle(case: Case) -> None:
     }[manifest.preset]
     assert {s.name: s.shape for s in manifest.layout.segments} == expected
     assert manifest.files["program.pte"].bytes <= 95_000_000
-    assert (manifest.program.batch.max, manifest.program.length.max) == (8, 64)
+    bounds = manifest.program.methods["gradients"].bounds
+    assert (bounds["batch"].max, bounds["length"].max, bounds["tokens"].max) == (8, 64, 512)
+    assert manifest.program.values_per_document == int(manifest.preset == "small")
     assert [entry.licence for entry in manifest.licences] == ["apache-2.0", "see notice"]
     assert "MITRE" in manifest.licences[1].notice
     assert manifest.parity.gradient_error <= manifest.parity.gate == BAR
