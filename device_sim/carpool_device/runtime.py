@@ -329,12 +329,11 @@ def _open_program(bundle: Bundle) -> Any:  # noqa: ANN401  executorch has no typ
     except RuntimeError as error:
         raise DeviceError(f"{path}: the ExecuTorch runtime cannot load it: {error}") from error
     for name, known in _KNOWN_INPUTS.items():
-        method = manifest.program.methods.get(name)
-        if method is None or name not in program.method_names:
+        if name not in program.method_names:
             raise DeviceError(
-                f"{path}: expected a method {name!r}, got {sorted(program.method_names)} "
-                f"(manifest: {sorted(manifest.program.methods)})."
+                f"{path}: expected a method {name!r}, got {sorted(program.method_names)}."
             )
+        method = manifest.program.methods[name]
         unknown = sorted({spec.name for spec in method.inputs} - known)
         if unknown:
             raise DeviceError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 from carpool.bundle import Bundle, finish_bundle, staging_folder
 from carpool.bundle.manifest import (
     CoreHead,
+    Dimension,
     Documents,
     Golden,
     Licence,
@@ -38,6 +39,44 @@ LAYOUT = Layout(
     )
 )
 
+QUERY = ("token_ids", "token_rows", "token_positions", "slot_tokens")
+SCORED = ("theta", "documents", "basis", *QUERY)
+SPECS = {
+    spec.name: spec
+    for spec in (
+        TensorSpec(name="theta", dtype="float32", shape=(LAYOUT.num_values,)),
+        TensorSpec(name="documents", dtype="float32", shape=("documents", WIDTH)),
+        TensorSpec(name="basis", dtype="float32", shape=(WIDTH, RANK)),
+        TensorSpec(name="token_ids", dtype="int64", shape=("tokens",)),
+        TensorSpec(name="token_rows", dtype="int64", shape=("tokens",)),
+        TensorSpec(name="token_positions", dtype="int64", shape=("tokens",)),
+        TensorSpec(name="slot_tokens", dtype="int64", shape=("batch", "length")),
+        TensorSpec(name="labels", dtype="int64", shape=("batch",)),
+        TensorSpec(name="example_weights", dtype="float32", shape=("batch",)),
+        TensorSpec(name="l2_clip_norm", dtype="float32", shape=(1,)),
+        TensorSpec(name="loss", dtype="float32", shape=(1,)),
+        TensorSpec(name="gradient", dtype="float32", shape=(LAYOUT.num_values,)),
+        TensorSpec(name="scores", dtype="float32", shape=("batch", "documents")),
+        TensorSpec(name="embeddings", dtype="float32", shape=("batch", WIDTH)),
+    )
+}
+BOUNDS: dict[Dimension, Range] = {
+    "batch": Range(min=1, max=8),
+    "length": Range(min=2, max=64),
+    "tokens": Range(min=1, max=512),
+    "documents": Range(min=2, max=100),
+}
+
+
+def method(*inputs: str, outputs: Sequence[str]) -> Method:
+    """By the names of what goes in and comes out, with bounds of the dimensions in them."""
+    used = {size for name in (*inputs, *outputs) for size in SPECS[name].shape}
+    return Method(
+        bounds={name: bound for name, bound in BOUNDS.items() if name in used},
+        inputs=tuple(SPECS[name] for name in inputs),
+        outputs=tuple(SPECS[name] for name in outputs),
+    )
+
 
 def manifest_fields() -> dict[str, Any]:
     return {
@@ -60,29 +99,42 @@ def manifest_fields() -> dict[str, Any]:
             file="documents.jsonl",
             count=COUNT,
             embedding_length=8,
+            prompt="",
             corpus_file="corpus.safetensors",
         ),
         "program": Program(
             file="program.pte",
             runtime=RuntimeRange(at_least="1.0", below="2.0"),
-            batch=Range(min=1, max=8),
-            length=Range(min=2, max=64),
+            values_per_document=0,
             methods={
-                "scores": Method(
-                    inputs=(TensorSpec(name="theta", dtype="float32", shape=(8,)),),
-                    outputs=(TensorSpec(name="scores", dtype="float32", shape=("batch", COUNT)),),
-                )
+                "gradients": method(
+                    *SCORED,
+                    "labels",
+                    "example_weights",
+                    "l2_clip_norm",
+                    outputs=("loss", "gradient"),
+                ),
+                "scores": method(*SCORED, outputs=("scores",)),
+                "embed": method("theta", *QUERY, outputs=("embeddings",)),
             },
         ),
-        "tokenizer": Tokenizer(file="tokenizer.json", kind="WordPiece", max_length=64, pad_id=0),
+        "tokenizer": Tokenizer(
+            file="tokenizer.json", kind="WordPiece", query_prompt="", max_length=64
+        ),
         "golden": Golden(
             file="golden.safetensors",
             gradient_tolerance=1e-5,
             loss_tolerance=1e-5,
             scores_tolerance=1e-5,
+            embed_tolerance=1e-5,
         ),
         "parity": Parity(
-            gate=2e-6, gradient_error=0.0, scores_error=0.0, loss_error=0.0, shapes=((1, 2),)
+            gate=2e-6,
+            gradient_error=0.0,
+            scores_error=0.0,
+            loss_error=0.0,
+            embed_error=0.0,
+            shapes=((1, 2),),
         ),
         "licences": (Licence(applies_to="documents", licence="CC0-1.0", notice="für alle"),),
     }

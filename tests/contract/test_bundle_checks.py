@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from safetensors.numpy import save_file
 
 from carpool.bundle import Bundle, Manifest, finish_bundle, staging_folder
-from carpool.bundle.manifest import Range, Signature
+from carpool.bundle.manifest import Dimension, Method, Range, Signature, TensorSpec
 from carpool.errors import BundleError, ThetaError
 from carpool.theta import Layout
 
@@ -175,7 +175,7 @@ def test_a_folder_without_manifest_is_no_bundle(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("content", [b"", b'{"schema_version": 1', b"\xff\xfe"])
+@pytest.mark.parametrize("content", [b"", b'{"schema_version": 2', b"\xff\xfe"])
 def test_a_manifest_that_is_no_json_is_refused(make_bundle: MakeBundle, content: bytes) -> None:
     """Truncated or binary."""
     bundle = make_bundle()
@@ -193,12 +193,12 @@ def test_a_key_that_stands_twice_is_refused(make_bundle: MakeBundle) -> None:
     assert refusal(bundle.path) == f"{path}: expected JSON, got: the key 'min' twice in one object"
 
 
-@pytest.mark.parametrize("version", [2, 0, "1", None])
+@pytest.mark.parametrize("version", [1, 3, "2", None])
 def test_another_schema_version_is_refused(make_bundle: MakeBundle, version: object) -> None:
     """Before anything else of the manifest is read."""
     path = rewrite(make_bundle(), lambda content: content.update(schema_version=version, new=1))
     assert refusal(path.parent) == (
-        f"{path}: expected schema version 1, got {version!r}. Export the bundle again with this "
+        f"{path}: expected schema version 2, got {version!r}. Export the bundle again with this "
         "version of carpool, or use the version it came from."
     )
 
@@ -207,7 +207,7 @@ def test_a_manifest_that_is_a_list_is_refused(make_bundle: MakeBundle) -> None:
     """JSON, but no object."""
     bundle = make_bundle()
     (bundle.path / "manifest.json").write_text("[]")
-    assert "expected schema version 1, got None" in refusal(bundle.path)
+    assert "expected schema version 2, got None" in refusal(bundle.path)
 
 
 def test_an_unknown_manifest_field_is_refused(make_bundle: MakeBundle) -> None:
@@ -375,6 +375,64 @@ def test_a_range_must_hold_a_value() -> None:
     """A program that can be called with no batch at all is a mistake."""
     with pytest.raises(ValidationError, match="expected min <= max, got 3 and 2"):
         Range(min=3, max=2)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [
+        ([], r"expected bounds of \['batch', 'documents'\], got \[\]"),
+        (["batch"], r"expected bounds of \['batch', 'documents'\], got \['batch'\]"),
+        (
+            ["batch", "documents", "length"],
+            r"expected bounds of \['batch', 'documents'\], got \['batch', 'documents', 'length'\]",
+        ),
+        (
+            ["batch", "documents", "values"],
+            r"expected bounds of \['batch', 'documents'\], got \['batch', 'documents', 'values'\]",
+        ),
+    ],
+)
+def test_a_method_bounds_what_its_calls_choose_and_nothing_else(
+    bounds: list[Dimension], message: str
+) -> None:
+    """Of inputs and outputs; theta's length follows from the documents and has no bounds."""
+    theta = TensorSpec(name="theta", dtype="float32", shape=("values",))
+    weights = TensorSpec(name="example_weights", dtype="float32", shape=("batch",))
+    scores = TensorSpec(name="scores", dtype="float32", shape=("batch", "documents"))
+
+    def method(*names: Dimension) -> Method:
+        ranges = {name: Range(min=1, max=8) for name in names}
+        return Method(bounds=ranges, inputs=(theta, weights), outputs=(scores,))
+
+    assert method("documents", "batch").bounds.keys() == {"batch", "documents"}
+    with pytest.raises(ValidationError, match=message):
+        method(*bounds)
+
+
+@pytest.mark.parametrize("name", ["gradients", "scores", "embed"])
+def test_a_program_without_one_of_its_methods_is_refused(
+    make_bundle: MakeBundle, name: str
+) -> None:
+    """When the bundle is opened, not when a device first needs the method."""
+    path = rewrite(make_bundle(), lambda content: content["program"]["methods"].pop(name))
+    assert refusal(path.parent) == (
+        f"{path}: program: expected gradients, scores and embed, got no ['{name}']"
+    )
+
+
+def test_a_method_of_a_fixed_batch_is_refused(make_bundle: MakeBundle) -> None:
+    """A device packs as many queries as there are, as long as they are."""
+
+    def fix(content: dict[str, Any]) -> None:
+        embed = content["program"]["methods"]["embed"]
+        del embed["bounds"]["batch"]
+        for spec in (*embed["inputs"], *embed["outputs"]):
+            spec["shape"] = [1 if size == "batch" else size for size in spec["shape"]]
+
+    path = rewrite(make_bundle(), fix)
+    assert refusal(path.parent) == (
+        f"{path}: program: embed: expected bounds of batch and length, got no ['batch']"
+    )
 
 
 def test_manifest_round_trips_through_json(make_bundle: MakeBundle) -> None:
