@@ -61,6 +61,21 @@ def test_group_mask_marks_the_groups_values(layout: Layout) -> None:
     assert layout.group_mask(("adapter", "head")).all()
 
 
+def test_another_catalogue_resizes_the_last_segment_alone(layout: Layout) -> None:
+    """A value per document is theta's end, so what stands before it keeps its places."""
+    bias = Segment(name="head.bias", group="head", shape=(3,), scale=0.5)
+    biased = Layout(segments=(*layout.segments, bias))
+    larger = biased.for_documents(5)
+    assert larger.segments[:-1] == layout.segments
+    assert larger.segments[-1] == bias.model_copy(update={"shape": (5,)})
+    assert larger.num_values == biased.num_values + 2
+    assert larger.slices()["head.bias"] == slice(8, 13)
+    assert larger.id != biased.id
+    assert biased.segments[-1] == bias
+    assert larger.for_documents(3) == biased
+    assert larger.for_documents(3).id == biased.id
+
+
 @pytest.mark.parametrize("names", [[], ["a", "a"]])
 def test_layout_needs_segments_with_distinct_names(names: list[str]) -> None:
     """A name that stands twice would make two places of one parameter."""
