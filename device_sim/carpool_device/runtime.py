@@ -247,14 +247,20 @@ class DeviceProgram:
             }
 
     def _check_values(self, name: str, theta: Floats, frozen: Mapping[str, Floats]) -> None:
-        """Whether theta is as long as another catalogue makes it."""
+        """Whether the program takes another catalogue, and theta is as long as that makes it."""
         manifest = self.bundle.manifest
-        more = len(frozen["documents"]) - manifest.documents.count
+        count = len(frozen["documents"])
+        more = count - manifest.documents.count
+        if more and "documents" not in manifest.program.methods["gradients"].bounds:
+            raise DeviceError(
+                f"{name}: expected {manifest.documents.count} documents, the number that this "
+                f"program was made for, got {count}."
+            )
         expected = manifest.layout.num_values + more * manifest.program.values_per_document
         if theta.shape != (expected,):
             raise DeviceError(
-                f"{name}: expected a theta of {expected} values for "
-                f"{len(frozen['documents'])} documents, got shape {theta.shape}."
+                f"{name}: expected a theta of {expected} values for {count} documents, got shape "
+                f"{theta.shape}."
             )
 
 

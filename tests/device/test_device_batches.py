@@ -158,10 +158,12 @@ def test_batches_are_drawn_lazily_from_one_stream() -> None:
 def test_a_batch_weights_its_rows_equally_in_float32(
     tiny_program: DeviceProgram, rows: int
 ) -> None:
-    """1 / 3 is rounded once, to float32; padding fills to the longest row."""
+    """1 / 3 is rounded once, to float32; the rows are packed with as many slots as the longest."""
     encoded = tiny_program.tokenizer.encode(["red", "red cat dog", ""][:rows])
     batch = make_batch(tiny_program.tokenizer, encoded, list(range(rows)))
     assert batch.example_weights.dtype == np.float32
     assert batch.example_weights.tolist() == [float(np.float32(1 / rows))] * rows
-    assert batch.input_ids.shape == (rows, 3 if rows == 1 else 5)
-    assert batch.attention_mask.sum(axis=1).tolist() == [3, 5, 2][:rows]
+    assert batch.labels.tolist() == list(range(rows))
+    assert batch.tokens.token_ids.tolist() == np.concatenate(encoded).tolist()
+    assert batch.tokens.slot_tokens.shape == (rows, 3 if rows == 1 else 5)
+    assert np.bincount(batch.tokens.token_rows).tolist() == [3, 5, 2][:rows]

@@ -81,12 +81,14 @@ def test_selftest_passes_on_the_machine_that_made_the_bundle(run: Run, tiny_bund
     """Prints every result with its error and tolerance."""
     output = run("selftest", tiny_bundle.path)
     assert f"Golden step of bundle {tiny_bundle.id[:12]}" in output
-    for name in ("token ids", "loss", "gradient", "scores"):
+    for name in ("token ids", "loss", "gradient", "scores", "embed"):
         assert name in output
     assert "OUTSIDE" not in output
 
 
-@pytest.mark.parametrize("name", ["expected_loss", "expected_gradient", "expected_scores"])
+@pytest.mark.parametrize(
+    "name", ["expected_loss", "expected_gradient", "expected_scores", "expected_embed"]
+)
 def test_selftest_notices_each_result_that_is_off(make_tiny: MakeBundle, name: str) -> None:
     """Twice the tolerance off in a single value, and only that result is named."""
     bundle = make_tiny()
@@ -110,22 +112,29 @@ def test_a_result_that_is_not_a_number_does_not_pass() -> None:
     assert not Check(name="loss", error=float("nan"), tolerance=1.0).passed
 
 
-def test_selftest_notices_a_tokenizer_that_differs(make_tiny: MakeBundle) -> None:
-    """The golden ids are compared with those of this device's tokenizer."""
-    ids = tiny.golden_step()[0]["input_ids"].copy()
-    ids[0, 1] += 1
-    program = rewrite_golden(make_tiny(), input_ids=ids)
-    with pytest.raises(
-        DeviceError, match=r"expected the golden step's input_ids .* tokenizer diff"
-    ):
+@pytest.mark.parametrize("name", ["token_ids", "token_rows", "token_positions", "slot_tokens"])
+def test_selftest_notices_a_tokenizer_that_differs(make_tiny: MakeBundle, name: str) -> None:
+    """The golden ids and their packing are compared with those of this device."""
+    values = tiny.golden_step()[0][name].copy()
+    values.flat[1] += 1
+    program = rewrite_golden(make_tiny(), **{name: values})
+    with pytest.raises(DeviceError, match=f"expected the golden step's {name} .* tokenizer diff"):
         replay_golden_step(program)
 
 
-def test_selftest_names_an_array_that_is_missing(make_tiny: MakeBundle) -> None:
+@pytest.mark.parametrize("name", ["labels", "documents", "expected_embed"])
+def test_selftest_names_an_array_that_is_missing(make_tiny: MakeBundle, name: str) -> None:
     """A golden step of another schema."""
-    program = rewrite_golden(make_tiny(), labels=None)
-    with pytest.raises(DeviceError, match=r"golden\.safetensors: expected an array 'labels'"):
+    program = rewrite_golden(make_tiny(), **{name: None})
+    with pytest.raises(DeviceError, match=rf"golden\.safetensors: expected an array '{name}'"):
         replay_golden_step(program)
+
+
+def test_selftest_replays_the_steps_own_frozen_inputs(make_tiny: MakeBundle) -> None:
+    """Other documents in the step's file give other scores and another loss, not other ids."""
+    documents = tiny.golden_step()[0]["documents"][::-1].copy()
+    checks = replay_golden_step(rewrite_golden(make_tiny(), documents=documents))
+    assert {c.name for c in checks if not c.passed} == {"loss", "gradient", "scores"}
 
 
 def test_search_shows_documents_before_and_after_training(
@@ -155,7 +164,7 @@ def test_search_lists_the_highest_scores_first(tiny_program: DeviceProgram) -> N
     """Against a plain sort of the program's scores."""
     rows = tiny_program.tokenizer.encode(["blue bird"])
     theta = tiny_program.bundle.initial_theta()
-    scores = tiny_program.scores(theta, *tiny_program.tokenizer.pad(rows))[0]
+    scores = tiny_program.scores(theta, tiny_program.tokenizer.pack(rows))[0]
     hits = search(tiny_program, theta, "blue bird", top=9)
     assert [h.score for h in hits] == sorted(scores.tolist(), reverse=True)
     assert hits[0].document.id == "d-blue"

@@ -23,8 +23,8 @@ def test_the_private_names_are_where_they_were(tiny_program: DeviceProgram) -> N
 
 def test_threads_cannot_be_taken_from_a_loaded_program(tiny_program: DeviceProgram) -> None:
     """A method keeps the threads it found: the runtime would crash in its next call."""
-    ids = np.ones((2, 3), np.int64)
-    tiny_program.scores(np.zeros(tiny.LAYOUT.num_values, np.float32), ids, ids)
+    tokens = tiny_program.tokenizer.pack([np.ones(3, np.int64)] * 2)
+    tiny_program.scores(np.zeros(tiny.LAYOUT.num_values, np.float32), tokens)
     with pytest.raises(DeviceError) as caught:
         use_threads(1)
     assert str(caught.value) == (

@@ -201,7 +201,7 @@ print(size, hashlib.sha256(update.tobytes()).hexdigest())
 def test_the_golden_step_passes(program: DeviceProgram) -> None:
     """On the machine that exported it, far inside its tolerances."""
     checks = replay_golden_step(program)
-    assert [check.name for check in checks] == ["loss", "gradient", "scores"]
+    assert [check.name for check in checks] == ["loss", "gradient", "scores", "embed"]
     for check in checks:
         assert check.passed
         assert check.error <= 2e-5
@@ -216,8 +216,8 @@ def test_odd_queries_are_trained_on_and_scored(small: DeviceProgram, query: str)
     update = train(small, [example], RECIPE.model_copy(update={"steps": 1})).update
     assert np.isfinite(update).all()
     assert np.any(update)
-    rows = small.tokenizer.pad(small.tokenizer.encode([query]))
-    scores = small.scores(small.bundle.initial_theta(), *rows)
+    tokens = small.tokenizer.pack(small.tokenizer.encode([query]))
+    scores = small.scores(small.bundle.initial_theta(), tokens)
     assert scores.shape == (1, len(small.documents))
     assert np.isfinite(scores).all()
 

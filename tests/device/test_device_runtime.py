@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from carpool.bundle import Bundle
 from carpool.bundle.manifest import RuntimeRange
 from carpool.errors import DeviceError, ThetaError
+from carpool.packing import PackedTokens, pack
 from carpool_device.batches import Batch, make_batch
 from carpool_device.runtime import DeviceProgram, check_runtime_version
 
@@ -36,6 +37,19 @@ def batch_of(
     return make_batch(program.tokenizer, program.tokenizer.encode(texts), list(labels))
 
 
+def by_hand(program: DeviceProgram, texts: Sequence[str] = TEXTS) -> tuple[torch.Tensor, ...]:
+    """The query's inputs for the eager model, packed without carpool's packing."""
+    return tiny.packed([row.tolist() for row in program.tokenizer.encode(texts)])
+
+
+def tokens_of(program: DeviceProgram, texts: Sequence[str] = TEXTS) -> PackedTokens:
+    return program.tokenizer.pack(program.tokenizer.encode(texts))
+
+
+def packed(*rows: list[int]) -> PackedTokens:
+    return pack([np.array(row, dtype=np.int64) for row in rows], min_length=2)
+
+
 def manifest_with(**changes: object) -> dict[str, Any]:
     program = tiny.manifest_fields()["program"]
     return {"program": program | changes}
@@ -51,8 +65,7 @@ def test_gradients_equal_eager_pytorch(tiny_program: DeviceProgram, clip: float)
     expected, expected_loss = torch.zeros(tiny.LAYOUT.num_values), 0.0
     for i, label in enumerate(batch.labels):
         leaf = torch.tensor(theta(), requires_grad=True)
-        row = (torch.from_numpy(batch.input_ids[i : i + 1]),)
-        row += (torch.from_numpy(batch.attention_mask[i : i + 1]),)
+        row = by_hand(tiny_program, TEXTS[i : i + 1])
         logits = tiny.LOGIT_SCALE * scores(leaf, model.documents, *row)
         one = torch.nn.functional.cross_entropy(logits, torch.tensor([label]))
         (each,) = torch.autograd.grad(one, leaf)
@@ -65,13 +78,29 @@ def test_gradients_equal_eager_pytorch(tiny_program: DeviceProgram, clip: float)
 
 def test_scores_equal_eager_pytorch(tiny_program: DeviceProgram) -> None:
     """One row of scores per query, in the catalogue's order."""
-    ids, mask = tiny_program.tokenizer.pad(tiny_program.tokenizer.encode(TEXTS))
     model = tiny.TinyModel()
-    inputs = (torch.from_numpy(theta()), model.documents, torch.from_numpy(ids))
-    expected = tiny.Scores(model)(*inputs, torch.from_numpy(mask))
-    found = tiny_program.scores(theta(), ids, mask)
+    inputs = (torch.from_numpy(theta()), model.documents, *by_hand(tiny_program))
+    expected = tiny.Scores(model)(*inputs)
+    found = tiny_program.scores(theta(), tokens_of(tiny_program))
     assert found.shape == (3, len(tiny.DOCUMENTS))
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("values", [theta(), np.zeros(tiny.LAYOUT.num_values, np.float32)])
+def test_embeddings_equal_eager_pytorch(
+    tiny_program: DeviceProgram, values: NDArray[np.float32]
+) -> None:
+    """One row per text, with the adapter in it; at theta = 0 the model's own embeddings."""
+    found = tiny_program.embed(values, tokens_of(tiny_program))
+    model = tiny.TinyModel()
+    expected = tiny.Embed(model)(torch.from_numpy(values), *by_hand(tiny_program))
+    assert found.shape == (3, tiny.WIDTH)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    own = [model.embeddings[row].mean(0) for row in tiny_program.tokenizer.encode(TEXTS)]
+    np.testing.assert_allclose(
+        found - 0.5 * values[: tiny.WIDTH], torch.stack(own), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_results_survive_the_next_call(tiny_program: DeviceProgram) -> None:
@@ -131,8 +160,10 @@ def test_methods_are_loaded_when_first_used(make_tiny: Callable[..., Bundle]) ->
     """A device that only searches does not pay for gradients."""
     program = DeviceProgram(make_tiny())
     assert not program._methods
-    program.scores(theta(), *program.tokenizer.pad(program.tokenizer.encode(["red"])))
+    program.scores(theta(), tokens_of(program))
     assert set(program._methods) == {"scores"}
+    program.embed(theta(), tokens_of(program))
+    assert set(program._methods) == {"scores", "embed"}
 
 
 def test_many_threads_get_their_own_results(tiny_program: DeviceProgram) -> None:
@@ -188,33 +219,58 @@ def test_one_call_ends_before_the_next_begins(make_tiny: Callable[..., Bundle]) 
     assert not wrong
 
 
-def test_a_length_below_the_bound_is_padded_up(tiny_program: DeviceProgram) -> None:
-    """One token, where the program takes two: the padding changes no score."""
-    one = np.array([[4]]), np.array([[1]])
-    two = np.array([[4, 0]]), np.array([[1, 0]])
-    np.testing.assert_array_equal(
-        tiny_program.scores(theta(), *one), tiny_program.scores(theta(), *two)
-    )
+def test_one_token_is_a_query_and_empty_slots_change_no_score(tiny_program: DeviceProgram) -> None:
+    """The program takes two slots or more: the tokenizer adds what one token leaves empty."""
+    row = np.array([4])
+    one = tiny_program.tokenizer.pack([row])
+    assert one.slot_tokens.tolist() == [[0, -1]]
+    model = tiny.TinyModel()
+    inputs = (torch.from_numpy(theta()), model.documents, *tiny.packed([[4]]))
+    found = tiny_program.scores(theta(), one)
+    np.testing.assert_allclose(found, tiny.Scores(model)(*inputs), rtol=1e-5, atol=1e-6)
+    more = pack([row], min_length=tiny.MAX_LENGTH)
+    np.testing.assert_array_equal(tiny_program.scores(theta(), more), found)
 
 
 def test_a_read_only_or_strided_theta_works(tiny_program: DeviceProgram) -> None:
     """A theta straight from a message's bytes cannot be written to."""
-    ids, mask = tiny_program.tokenizer.pad(tiny_program.tokenizer.encode(["red"]))
-    expected = tiny_program.scores(theta(), ids, mask)
+    tokens = tokens_of(tiny_program, ["red"])
+    expected = tiny_program.scores(theta(), tokens)
     frozen = np.frombuffer(theta().tobytes(), dtype=np.float32)
     strided = np.repeat(theta(), 2)[::2]
     for values in (frozen, strided):
-        np.testing.assert_array_equal(tiny_program.scores(values, ids, mask), expected)
+        np.testing.assert_array_equal(tiny_program.scores(values, tokens), expected)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"input_ids": np.ones((5, 3), np.int64)}, "expected a batch of 1 to 4, got 5."),
-        ({"input_ids": np.ones((0, 3), np.int64)}, "expected a batch of 1 to 4, got 0."),
-        ({"input_ids": np.ones((3, 13), np.int64)}, "expected a length of 2 to 12, got 13."),
-        ({"attention_mask": np.ones((3, 4), np.int64)}, "expected one length in all inputs, got "),
-        ({"labels": np.zeros(2, np.int64)}, "expected one batch in all inputs, got 3 and 2 (lab"),
+        ({"tokens": packed(*[[4, 5, 6]] * 5)}, "expected a batch of 1 to 4, got 5."),
+        ({"slot_tokens": np.zeros((0, 5), np.int64)}, "expected a batch of 1 to 4, got 0."),
+        ({"tokens": packed([4] * 13, [4], [4])}, "expected a length of 2 to 12, got 13."),
+        ({"slot_tokens": np.zeros((3, 1), np.int64)}, "expected a length of 2 to 12, got 1."),
+        ({"tokens": packed([], [], [])}, "expected a tokens of 1 to 48, got 0."),
+        ({"token_ids": np.full(49, 4)}, "expected a tokens of 1 to 48, got 49."),
+        (
+            {"token_rows": np.zeros(4, np.int64)},
+            "expected one number of tokens in all inputs, got 12 and 4 (token_rows).",
+        ),
+        (
+            {"token_positions": np.zeros(13, np.int64)},
+            "expected one number of tokens in all inputs, got 12 and 13 (token_positions).",
+        ),
+        (
+            {"token_ids": np.ones(12, np.int32)},
+            "expected token_ids of int64 (tokens), got int32 (12,).",
+        ),
+        (
+            {"slot_tokens": np.zeros(12, np.int64)},
+            "expected slot_tokens of int64 (batch, length), got int64 (12,).",
+        ),
+        (
+            {"labels": np.zeros(2, np.int64)},
+            "expected one number of batch in all inputs, got 3 and 2 (labels).",
+        ),
         (
             {"labels": np.zeros(3, np.int32)},
             "expected labels of int64 (batch), got int32 (3,).",
@@ -231,10 +287,143 @@ def test_an_input_that_does_not_fit_is_refused_by_name(
     tiny_program: DeviceProgram, changes: dict[str, Any], message: str
 ) -> None:
     """Before the runtime sees it: its own errors name nothing."""
-    batch = dataclasses.replace(batch_of(tiny_program), **changes)
+    batch = batch_of(tiny_program)
+    of_tokens = {name: changes[name] for name in changes.keys() & batch.tokens.named().keys()}
+    tokens = {"tokens": dataclasses.replace(batch.tokens, **of_tokens)}
+    others = {name: changes[name] for name in changes.keys() - of_tokens.keys()}
+    batch = dataclasses.replace(batch, **(tokens | others))
     with pytest.raises(DeviceError) as caught:
         tiny_program.gradients(theta(), batch, l2_clip_norm=1e30)
-    assert str(caught.value).startswith(f"gradients: {message}")
+    assert str(caught.value) == f"gradients: {message}"
+
+
+def test_a_method_has_bounds_of_its_own(make_tiny: Callable[..., Bundle]) -> None:
+    """Texts to embed may be longer than queries, so one method's bounds are not another's."""
+    methods = tiny.manifest_fields()["program"]["methods"]
+    methods["scores"]["bounds"] = methods["scores"]["bounds"] | {"length": {"min": 2, "max": 4}}
+    program = DeviceProgram(make_tiny(**manifest_with(methods=methods)))
+    tokens = packed([4] * 5)
+    with pytest.raises(DeviceError, match=r"^scores: expected a length of 2 to 4, got 5\.$"):
+        program.scores(theta(), tokens)
+    assert program.embed(theta(), tokens).shape == (1, tiny.WIDTH)
+
+
+def test_other_frozen_inputs_take_the_place_of_the_bundles(tiny_program: DeviceProgram) -> None:
+    """For one call; the bundle's own, given by name, change no bit."""
+    batch, model = batch_of(tiny_program), tiny.TinyModel()
+    own = tiny_program.bundle.corpus()
+    others = torch.flip(model.documents, [0]).contiguous()
+    before = tiny_program.scores(theta(), batch.tokens)
+    np.testing.assert_array_equal(tiny_program.scores(theta(), batch.tokens, frozen=own), before)
+
+    found = tiny_program.scores(theta(), batch.tokens, frozen={"documents": others.numpy()})
+    query = by_hand(tiny_program)
+    expected = tiny.Scores(model)(torch.from_numpy(theta()), others, *query)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    _, gradient = tiny_program.gradients(
+        theta(), batch, l2_clip_norm=1.0, frozen={"documents": others.numpy()}
+    )
+    labels, weights = torch.from_numpy(batch.labels), torch.from_numpy(batch.example_weights)
+    _, eager = tiny.Gradients(model)(
+        torch.from_numpy(theta()), others, *query, labels, weights, torch.tensor([1.0])
+    )
+    np.testing.assert_allclose(gradient, eager, atol=1e-5 * eager.abs().max())
+    np.testing.assert_array_equal(tiny_program.scores(theta(), batch.tokens), before)
+
+
+Call = Callable[[DeviceProgram, NDArray[np.float32], dict[str, NDArray[np.float32]]], object]
+CALLS: dict[str, Call] = {
+    "gradients": lambda program, values, frozen: program.gradients(
+        values, batch_of(program, labels=(0, 0, 0)), l2_clip_norm=1.0, frozen=frozen
+    ),
+    "scores": lambda program, values, frozen: program.scores(
+        values, tokens_of(program), frozen=frozen
+    ),
+    "embed": lambda program, values, frozen: program.embed(
+        values, tokens_of(program), frozen=frozen
+    ),
+}
+
+
+@pytest.mark.parametrize("more", [0, 1], ids=["theta as it was", "theta of the other catalogue"])
+@pytest.mark.parametrize("name", CALLS)
+def test_another_number_of_documents_is_refused_where_the_program_has_a_fixed_one(
+    tiny_program: DeviceProgram, name: str, more: int
+) -> None:
+    """Whole message, whatever theta's length: the documents are what does not fit."""
+    documents = np.zeros((len(tiny.DOCUMENTS) + 1, tiny.WIDTH), np.float32)
+    values = np.zeros(tiny.LAYOUT.num_values + more, np.float32)
+    with pytest.raises(DeviceError) as caught:
+        CALLS[name](tiny_program, values, {"documents": documents})
+    assert str(caught.value) == (
+        f"{name}: expected 5 documents, the number that this program was made for, got 6."
+    )
+
+
+@pytest.fixture
+def any_catalogue(make_tiny: Callable[..., Bundle]) -> DeviceProgram:
+    """A manifest that lets a call choose the documents, before methods that compute nothing."""
+    shapes = {
+        "theta": ("values",),
+        "gradient": ("values",),
+        "documents": ("documents", tiny.WIDTH),
+        "scores": ("batch", "documents"),
+    }
+    methods = tiny.manifest_fields()["program"]["methods"]
+    for name, method in methods.items():
+        for spec in (*method["inputs"], *method["outputs"]):
+            spec["shape"] = shapes.get(spec["name"], spec["shape"])
+        if name != "embed":
+            method["bounds"] = method["bounds"] | {"documents": {"min": 2, "max": 9}}
+    program = DeviceProgram(make_tiny(**manifest_with(methods=methods, values_per_document=1)))
+    program._methods = {
+        name: LendingMethod([(1,)] * len(methods[name]["outputs"])) for name in CALLS
+    }
+    return program
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("count", [2, 5, 9])
+def test_theta_is_as_long_as_the_calls_documents_make_it(
+    any_catalogue: DeviceProgram, name: str, count: int
+) -> None:
+    """A value for each; the bundle's own theta fits its own catalogue alone."""
+    frozen = {"documents": np.zeros((count, tiny.WIDTH), np.float32)}
+    for extra in (-1, 1):
+        with pytest.raises(DeviceError) as caught:
+            CALLS[name](any_catalogue, np.zeros(tiny.WIDTH + count + extra, np.float32), frozen)
+        assert str(caught.value) == (
+            f"{name}: expected a theta of {tiny.WIDTH + count} values for {count} documents, got "
+            f"shape ({tiny.WIDTH + count + extra},)."
+        )
+    CALLS[name](any_catalogue, np.zeros(tiny.WIDTH + count, np.float32), frozen)
+
+
+@pytest.mark.parametrize("name", ["gradients", "scores"])
+@pytest.mark.parametrize("count", [1, 10])
+def test_documents_have_bounds_too(any_catalogue: DeviceProgram, name: str, count: int) -> None:
+    """Memory is planned for them, as for the tokens."""
+    frozen = {"documents": np.zeros((count, tiny.WIDTH), np.float32)}
+    with pytest.raises(DeviceError, match=rf"{name}: expected a documents of 2 to 9, got {count}"):
+        CALLS[name](any_catalogue, np.zeros(tiny.WIDTH + count, np.float32), frozen)
+
+
+@pytest.mark.parametrize("count", [3, 8])
+def test_labels_are_of_the_calls_documents(any_catalogue: DeviceProgram, count: int) -> None:
+    """Not of the bundle's, of which there are five."""
+    frozen = {"documents": np.zeros((count, tiny.WIDTH), np.float32)}
+    values = np.zeros(tiny.WIDTH + count, np.float32)
+
+    def call(label: int) -> None:
+        batch = batch_of(any_catalogue, ["red"], [label])
+        any_catalogue.gradients(values, batch, l2_clip_norm=1.0, frozen=frozen)
+
+    call(count - 1)
+    with pytest.raises(DeviceError) as caught:
+        call(count)
+    assert str(caught.value) == (
+        f"gradients: expected labels in [0, {count}), got {count} to {count}."
+    )
 
 
 @pytest.mark.parametrize("clip", [0.0, -1.0, float("nan"), float("inf")])
@@ -249,7 +438,7 @@ def test_token_ids_outside_the_vocabulary_are_an_error_with_shapes(
 ) -> None:
     """What only the runtime can notice still comes back as this package's error."""
     with pytest.raises(DeviceError, match=r"scores: the ExecuTorch runtime failed for shapes"):
-        tiny_program.scores(theta(), np.full((1, 2), 99), np.ones((1, 2), np.int64))
+        tiny_program.scores(theta(), packed([99, 99]))
 
 
 @pytest.mark.parametrize(
@@ -265,7 +454,7 @@ def test_a_theta_that_does_not_fit_is_refused(
 ) -> None:
     """Wrong length, wrong dtype, not finite."""
     with pytest.raises(ThetaError) as caught:
-        tiny_program.scores(values, np.ones((1, 2), np.int64), np.ones((1, 2), np.int64))
+        tiny_program.scores(values, packed([4, 5]))
     assert str(caught.value).startswith(message)
 
 
@@ -280,7 +469,7 @@ def test_rows_are_scored_in_chunks_and_come_back_at_their_places(
     for places, scores in tiny_program.score_rows(theta(), encoded):
         assert len(places) <= tiny.MAX_BATCH
         for place, row in zip(places, scores, strict=True):
-            alone = tiny_program.scores(theta(), *tiny_program.tokenizer.pad([encoded[place]]))
+            alone = tiny_program.scores(theta(), tiny_program.tokenizer.pack([encoded[place]]))
             np.testing.assert_allclose(row, alone[0], rtol=1e-5, atol=1e-6)
         seen += places
     assert sorted(seen) == list(range(rows))
@@ -320,7 +509,7 @@ def test_a_file_that_is_no_program_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "inputs", "outputs", "message"),
     [
-        ("gradients", -1, None, "gradients: expected 6 inputs and 2 outputs as in the manifest, g"),
+        ("gradients", -1, None, "gradients: expected 8 inputs and 2 outputs as in the manifest, g"),
         ("scores", "extra", None, "scores takes inputs that this version of carpool does not know"),
         ("gradients", None, -1, "expected gradients to return ('loss', 'gradient'), got ('loss',)"),
     ],
@@ -346,12 +535,13 @@ def test_a_manifest_that_differs_from_the_program_is_refused(
     assert f"program.pte: {message}" in str(caught.value)
 
 
-def test_a_method_that_is_missing_is_named(make_tiny: Callable[..., Bundle]) -> None:
-    """A bundle that can score and not train."""
-    methods = tiny.manifest_fields()["program"]["methods"]
-    del methods["gradients"]
-    with pytest.raises(DeviceError, match=r"expected a method 'gradients', got \['gradients', 's"):
-        DeviceProgram.load(make_tiny(**manifest_with(methods=methods)))
+def test_a_method_that_is_missing_is_named(tmp_path: Path) -> None:
+    """The manifest promises three, and the program can only embed."""
+    bundle = tiny.write_tiny_bundle(tmp_path / "bundle", tiny.program_bytes("embed"))
+    with pytest.raises(
+        DeviceError, match=r"program\.pte: expected a method 'gradients', got \['embed'\]\.$"
+    ):
+        DeviceProgram.load(bundle)
 
 
 def test_the_package_imports_neither_transformers_nor_flwr(tiny_bundle: Bundle) -> None:

