@@ -8,10 +8,13 @@ import re
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import pytest
 
 from carpool.bundle import Bundle
+from carpool.bundle.manifest import SCHEMA_VERSION, Dimension
 from carpool.errors import Refusal
+from carpool.packing import pack
 from carpool.protocol import ContributionHeader, PoolHeader, TaskHeader
 from carpool.randomness import shuffled, words
 from carpool.schema import Model
@@ -35,11 +38,38 @@ def test_the_pages_vectors_are_the_codes() -> None:
     assert numbers("shuffled(10) ") == shuffled(10, stream())
 
 
+def test_the_pages_packed_batch_is_the_codes() -> None:
+    """From the rows in its sentence, and every array in the order of the call."""
+    sentence = next(line for line in PAGE.splitlines() if line.startswith("Test vector, for the r"))
+    rows = [
+        np.array([int(n) for n in row.split(", ")])
+        for row in re.findall(r"`\[([^]]+)\]`", sentence)
+    ]
+    (bound,) = re.findall(r"lower bound of (\d+):$", sentence)
+    packed = pack(rows, min_length=int(bound)).named()
+    printed = {
+        name: [int(n) for n in numbers.split()]
+        for name, numbers in re.findall(r"^    (tok\w+|slot\w+) +([-\d ]+)$", PAGE, re.MULTILINE)
+    }
+    assert list(printed.items()) == [(n, a.reshape(-1).tolist()) for n, a in packed.items()]
+
+
+def test_the_page_lists_every_dimension() -> None:
+    """In the order of the type."""
+    table = PAGE.split("| dimension |")[1].split("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(get_args(Dimension))
+
+
 def test_the_pages_layout_id_is_the_hash_of_the_line_above_it() -> None:
     """With nothing but SHA-256."""
     lines = [line.strip() for line in PAGE.splitlines()]
     place = next(i for i, line in enumerate(lines) if line.startswith('{"segments":[{'))
     assert lines[place + 1] == hashlib.sha256(lines[place].encode()).hexdigest()
+
+
+def test_the_page_names_the_schemas_version() -> None:
+    """Opening begins with it."""
+    assert f"an object with `schema_version` {SCHEMA_VERSION};" in PAGE
 
 
 def test_the_page_lists_every_file_of_a_bundle(make_bundle: object) -> None:
