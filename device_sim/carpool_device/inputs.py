@@ -52,7 +52,7 @@ def check_inputs(
 def _check_bound(name: str, dimension: str, size: int, bound: Range) -> None:
     if not bound.min <= size <= bound.max:
         raise DeviceError(
-            f"{name}: expected a {dimension} of {bound.min} to {bound.max}, got {size}."
+            f"{name}: expected {dimension} in [{bound.min}, {bound.max}], got {size}."
         )
 
 

@@ -245,12 +245,12 @@ def test_a_read_only_or_strided_theta_works(tiny_program: DeviceProgram) -> None
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tokens": packed(*[[4, 5, 6]] * 5)}, "expected a batch of 1 to 4, got 5."),
-        ({"slot_tokens": np.zeros((0, 5), np.int64)}, "expected a batch of 1 to 4, got 0."),
-        ({"tokens": packed([4] * 13, [4], [4])}, "expected a length of 2 to 12, got 13."),
-        ({"slot_tokens": np.zeros((3, 1), np.int64)}, "expected a length of 2 to 12, got 1."),
-        ({"tokens": packed([], [], [])}, "expected a tokens of 1 to 48, got 0."),
-        ({"token_ids": np.full(49, 4)}, "expected a tokens of 1 to 48, got 49."),
+        ({"tokens": packed(*[[4, 5, 6]] * 5)}, "expected batch in [1, 4], got 5."),
+        ({"slot_tokens": np.zeros((0, 5), np.int64)}, "expected batch in [1, 4], got 0."),
+        ({"tokens": packed([4] * 13, [4], [4])}, "expected length in [2, 12], got 13."),
+        ({"slot_tokens": np.zeros((3, 1), np.int64)}, "expected length in [2, 12], got 1."),
+        ({"tokens": packed([], [], [])}, "expected tokens in [1, 48], got 0."),
+        ({"token_ids": np.full(49, 4)}, "expected tokens in [1, 48], got 49."),
         (
             {"token_rows": np.zeros(4, np.int64)},
             "expected one number of tokens in all inputs, got 12 and 4 (token_rows).",
@@ -303,7 +303,7 @@ def test_a_method_has_bounds_of_its_own(make_tiny: Callable[..., Bundle]) -> Non
     methods["scores"]["bounds"] = methods["scores"]["bounds"] | {"length": {"min": 2, "max": 4}}
     program = DeviceProgram(make_tiny(**manifest_with(methods=methods)))
     tokens = packed([4] * 5)
-    with pytest.raises(DeviceError, match=r"^scores: expected a length of 2 to 4, got 5\.$"):
+    with pytest.raises(DeviceError, match=r"^scores: expected length in \[2, 4\], got 5\.$"):
         program.scores(theta(), tokens)
     assert program.embed(theta(), tokens).shape == (1, tiny.WIDTH)
 
@@ -404,7 +404,7 @@ def test_theta_is_as_long_as_the_calls_documents_make_it(
 def test_documents_have_bounds_too(any_catalogue: DeviceProgram, name: str, count: int) -> None:
     """Memory is planned for them, as for the tokens."""
     frozen = {"documents": np.zeros((count, tiny.WIDTH), np.float32)}
-    with pytest.raises(DeviceError, match=rf"{name}: expected a documents of 2 to 9, got {count}"):
+    with pytest.raises(DeviceError, match=rf"{name}: expected documents in \[2, 9\], got {count}"):
         CALLS[name](any_catalogue, np.zeros(tiny.WIDTH + count, np.float32), frozen)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -104,18 +103,3 @@ def write_model(name: str, folder: Path, tokenizer: Path) -> Path:
     (folder / "tokenizer.json").write_bytes(tokenizer.read_bytes())
     (folder / "README.md").write_text(f"---\nlicense: mit\n---\n# Tiny {name}\n")
     return folder
-
-
-def make_chain(folder: Path, pooling: str) -> None:
-    """Turns it into a sentence-transformers folder."""
-    (folder / "1_Pooling").mkdir()
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps({pooling: True}))
-    chain = [("Transformer", ""), ("Pooling", "1_Pooling")]
-    (folder / "modules.json").write_text(
-        json.dumps(
-            [
-                {"idx": i, "path": path, "type": f"sentence_transformers.models.{kind}"}
-                for i, (kind, path) in enumerate(chain)
-            ]
-        )
-    )

@@ -58,8 +58,9 @@ def golden_batch(bundle: Bundle) -> Batch:
     """The golden step's texts and labels as the eager model takes them."""
     arrays, texts = bundle.golden()
     tokenizer = load_tokenizer(bundle.tokenizer_path, max_length=64)
+    prompt = bundle.manifest.tokenizer.query_prompt
     return padded_batch(
-        encode_rows(tokenizer, texts),
+        encode_rows(tokenizer, [prompt + text for text in texts]),
         labels=arrays["labels"].tolist(),
         weights=arrays["example_weights"].tolist(),
     )

