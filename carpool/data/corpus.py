@@ -47,6 +47,18 @@ class Example(Model):
     document: NonBlank
 
 
+def read_notice(path: Path) -> str:
+    """A text that must go with documents.
+
+    Raises:
+        CorpusError: it is no text file.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CorpusError(f"notice {path}: expected a text file, got: {error}") from error
+
+
 def read_documents(path: Path) -> list[Document]:
     """Reads a ``documents.jsonl``.
 

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from carpool.bundle import Bundle
 from carpool.console import result_console
+from carpool.data.corpus import read_notice
 from carpool.data.dataset import Dataset
 from carpool.errors import ConfigError
 from carpool.files import make_folder, sha256_of_file, write_atomically
@@ -37,6 +38,9 @@ def register(app: typer.Typer) -> None:
     app.command("selftest")(selftest)
     app.command("search")(search)
     app.command("evaluate")(evaluate)
+    group = typer.Typer(help="Change a bundle.", no_args_is_help=True)
+    group.command("add-documents")(add_documents)
+    app.add_typer(group, name="bundle")
 
 
 def selftest(bundle: BundleArgument) -> None:
@@ -54,6 +58,32 @@ def selftest(bundle: BundleArgument) -> None:
         table.add_row(check.name, f"{check.error:.2g}", f"{check.tolerance:.2g}", verdict)
     result_console().print(table)
     require_passed(checks, program=program)
+
+
+def add_documents(
+    bundle: BundleArgument,
+    documents: Annotated[
+        Path, typer.Argument(help="JSON lines with the new documents: id, title, text.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Where the new bundle shall be; must not exist.")],
+    *,
+    theta: Annotated[
+        Path | None, typer.Option(help="A trained theta to ship; by default the bundle's own.")
+    ] = None,
+    notice: Annotated[
+        list[Path] | None,
+        typer.Option(help="A text that must go with the new documents. Repeatable."),
+    ] = None,
+) -> None:
+    """Write a bundle with more documents: no export, no training, the same program.
+
+    The untrained model embeds them, as it did the old ones; old scores stay as they are.
+    """
+    from carpool_device import catalogue  # noqa: PLC0415
+
+    notices = [read_notice(path) for path in notice or []]
+    made = catalogue.add_documents(bundle, documents, out, theta_path=theta, notices=notices)
+    typer.echo(f"{out}: bundle {made.id}, {made.manifest.documents.count:,} documents")
 
 
 def search(

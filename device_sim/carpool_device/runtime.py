@@ -197,10 +197,14 @@ class DeviceProgram:
             The places in ``rows`` of a batch's queries, and their scores: float32, shape
             ``(len(places), N)``. Every place comes once; short queries come first.
         """
+        for places in self.batches(rows):
+            yield places, self.scores(theta, self.tokenizer.pack([rows[i] for i in places]))
+
+    def batches(self, rows: Sequence[NDArray[np.int64]]) -> Iterator[list[int]]:
+        """The places of any number of rows in batches of like length, short rows first."""
         order = sorted(range(len(rows)), key=lambda i: rows[i].size)
         for start in range(0, len(order), self.max_batch):
-            places = order[start : start + self.max_batch]
-            yield places, self.scores(theta, self.tokenizer.pack([rows[i] for i in places]))
+            yield order[start : start + self.max_batch]
 
     def _call(
         self,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from carpool.data.corpus import read_notice
 from carpool.errors import ExportError
 from carpool.progress import stages
 
@@ -102,7 +103,6 @@ def export(
     from carpool_export.exporter import (  # noqa: PLC0415
         STAGES,
         export_bundle,
-        read_notice,
     )
     from carpool_export.settings import ExportSettings  # noqa: PLC0415
     from carpool_export.trainables import preset_name  # noqa: PLC0415

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from carpool.bundle import Bundle, finish_bundle, staging_folder
 from carpool.bundle import manifest as schema
-from carpool.data.corpus import Document, read_documents
+from carpool.data.corpus import Document, read_documents, read_notice
 from carpool.errors import ExportError
 from carpool_export.bundle_files import FinishedExport, manifest_fields, write_files
 from carpool_export.corpus import embed_passages, load_tokenizer, principal_directions
@@ -144,18 +144,6 @@ def export_bundle(
         )
         fields = manifest_fields(finished) | {"parity": parity, "licences": licences}
         return finish_bundle(staging, destination, fields)
-
-
-def read_notice(path: Path) -> str:
-    """A notice's text.
-
-    Raises:
-        ExportError: it is no text file.
-    """
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ExportError(f"notice {path}: expected a text file, got: {error}") from error
 
 
 def _prompts(source: ModelSource, settings: ExportSettings) -> Prompts:

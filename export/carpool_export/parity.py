@@ -164,7 +164,9 @@ def check_parity(
         )
         theta = random_theta(eager.layout.num_values, seed=seed)
         found = measure(program, eager, theta, batch)
-        documents = f", {len(eager.corpus['documents'])} documents" if eager is not reference else ""
+        documents = (
+            f", {len(eager.corpus['documents'])} documents" if eager is not reference else ""
+        )
         _refuse_above_gate(found, f"at batch {size}, length {length}{documents}")
         worst = worst.worst(found)
     size = max(size for size, _ in shapes)

@@ -439,5 +439,5 @@ def test_command_line_options_are_checked(
     result = CliRunner().invoke(
         app, ["export", str(tiny_model), str(tiny_documents), str(tmp_path / "out"), *option]
     )
-    assert isinstance(result.exception, ExportError)
+    assert isinstance(result.exception, ExportError | CorpusError)
     assert str(result.exception) == message

@@ -64,6 +64,7 @@ NAMES: tuple[tuple[str, str], ...] = (
     ("executorch.backends.xnnpack.utils.xnnpack_constants", "XNN_FLAG_TRANSPOSE_WEIGHTS"),
     ("executorch.backends.xnnpack.utils.xnnpack_constants", "XNN_INVALID_VALUE_ID"),
     ("executorch.exir.passes.memory_format_ops_pass", "DimOrderOpsRevertPass"),
+    ("torch._ops", "OpOverload"),
     ("torch._decomp", "core_aten_decompositions"),
     ("torch.export", "ExportedProgram.run_decompositions"),
     ("torch.fx.config", "do_not_emit_stack_traces"),
@@ -235,9 +236,21 @@ def _meta_with_one_source(node: Node, pass_name: str = "") -> Iterator[None]:
         fx_traceback.current_meta = saved
 
 
-def _as_it_is(program: ExportedProgram, *_: Any) -> ExportedProgram:  # noqa: ANN401  a table
-    """In place of decomposing: ``trace`` left nothing to decompose, and each run traces anew."""
-    return program
+_DECOMPOSE = ExportedProgram.run_decompositions
+
+
+def _decompose_mutations(program: ExportedProgram, *tables: Any) -> ExportedProgram:  # noqa: ANN401  decompositions
+    """Traces a program anew only where something in it is changed in place.
+
+    ``trace`` left nothing else to decompose, and ExecuTorch asks for it several times.
+    """
+    changes_in_place = any(
+        node.op == "call_function"
+        and isinstance(node.target, torch._ops.OpOverload)  # noqa: SLF001  its only name
+        and node.target._schema.is_mutable  # noqa: SLF001  same
+        for node in program.graph.nodes
+    )
+    return _DECOMPOSE(program, *tables) if changes_in_place else program
 
 
 @contextlib.contextmanager
@@ -245,15 +258,14 @@ def fast_lowering() -> Iterator[None]:
     """The patches, and no stack traces in nodes, while it is open; not for several threads."""
     pass_manager, set_meta = xnnpack_preprocess.XNNPACKPassManager, fx_traceback.set_current_meta
     no_traces = torch.fx.config.do_not_emit_stack_traces
-    decompose = ExportedProgram.run_decompositions
-    ExportedProgram.run_decompositions = _as_it_is  # type: ignore[method-assign]
+    ExportedProgram.run_decompositions = _decompose_mutations  # type: ignore[method-assign]
     xnnpack_preprocess.XNNPACKPassManager = _FewPasses
     fx_traceback.set_current_meta = _meta_with_one_source
     torch.fx.config.do_not_emit_stack_traces = True
     try:
         yield
     finally:
-        ExportedProgram.run_decompositions = decompose  # type: ignore[method-assign]
+        ExportedProgram.run_decompositions = _DECOMPOSE  # type: ignore[method-assign]
         xnnpack_preprocess.XNNPACKPassManager = pass_manager
         fx_traceback.set_current_meta = set_meta
         torch.fx.config.do_not_emit_stack_traces = no_traces

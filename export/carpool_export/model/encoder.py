@@ -62,6 +62,7 @@ class Encoder:
     Attributes:
         model: loaded with ``PACKED_ATTENTION``.
         readout: what follows the blocks.
+        state_width: D of a token's last state.
         causal: whether a token sees earlier ones alone.
         first_position: the position id of a row's first token.
         token_types: whether it numbers segments of a text, of which there is one.
@@ -69,6 +70,7 @@ class Encoder:
 
     model: PreTrainedModel
     readout: Readout
+    state_width: int
     causal: bool = False
     first_position: int = 0
     token_types: bool = False
@@ -78,7 +80,7 @@ class Encoder:
         """D of the pooled embedding."""
         if self.readout.dense:
             return self.readout.dense[-1].weight.shape[0]
-        return int(self.model.config.hidden_size)
+        return self.state_width
 
     @property
     def token_width(self) -> int:

@@ -74,6 +74,7 @@ def build_encoder(packed: PreTrainedModel, eager: PreTrainedModel, readout: Read
     encoder = Encoder(
         model=packed,
         readout=readout,
+        state_width=_states(eager, _probe(eager)).shape[-1],
         causal=is_causal(eager),
         first_position=first_position(eager),
         token_types=has_token_types(eager),

@@ -28,7 +28,7 @@ def rewritten(model: PreTrainedModel, current: Attending) -> Iterator[None]:
     """All rewrites that apply to the model, while it is open; not for several threads."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(_rotation_as_product(model))
-        stack.enter_context(_transposed_weights_as_linear(model))
+        stack.enter_context(_transposed_weights_as_product(model))
         if model.config.model_type == "mpnet":
             stack.enter_context(_relative_positions_of_slots(model, current))
         yield
@@ -66,26 +66,24 @@ def _rotation(width: int) -> Tensor:
 
 
 @contextlib.contextmanager
-def _transposed_weights_as_linear(model: PreTrainedModel) -> Iterator[None]:
-    """GPT-2's ``Conv1D`` (a linear layer whose weight lies the other way round) as ``Linear``.
+def _transposed_weights_as_product(model: PreTrainedModel) -> Iterator[None]:
+    """GPT-2's ``Conv1D`` (a linear layer whose weight lies the other way round) as a product.
 
     Why: it flattens all but the last dimension, and the views would split the program.
     """
-    replaced: list[tuple[torch.nn.Module, str, Conv1D]] = []
-    for parent in model.modules():
-        for name, child in parent.named_children():
-            if isinstance(child, Conv1D):
-                replaced.append((parent, name, child))
-    for parent, name, child in replaced:
-        linear = torch.nn.Linear(child.nx, child.nf, dtype=child.weight.dtype)
-        linear.weight = torch.nn.Parameter(child.weight.t().contiguous(), requires_grad=False)
-        linear.bias = torch.nn.Parameter(child.bias.detach(), requires_grad=False)
-        setattr(parent, name, linear)
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, Conv1D)]
+    for layer in layers:
+        layer.forward = functools.partial(_transposed_linear, layer)
     try:
         yield
     finally:
-        for parent, name, child in replaced:
-            setattr(parent, name, child)
+        for layer in layers:
+            del layer.forward
+
+
+def _transposed_linear(layer: Any, values: Tensor) -> Tensor:  # noqa: ANN401  Conv1D
+    result: Tensor = values.matmul(layer.weight) + layer.bias
+    return result
 
 
 @contextlib.contextmanager

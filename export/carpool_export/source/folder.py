@@ -89,7 +89,9 @@ def open_source(
     config = _read_config(folder)
     readout = _readout(folder, pooling)
     title, licence = _read_card(folder / "README.md")
-    hidden = _integer(folder, config, "hidden_size")
+    # OPT's states leave it as wide as its tokens came in.
+    hidden_key = "word_embed_proj_dim" if hasattr(config, "word_embed_proj_dim") else "hidden_size"
+    hidden = _integer(folder, config, hidden_key)
     return ModelSource(
         folder=folder,
         name=title or (folder.name if Path(model).is_dir() else model),
