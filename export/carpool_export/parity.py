@@ -60,11 +60,20 @@ def random_theta(num_values: int, *, seed: int) -> Tensor:
 
 
 def random_batch(
-    *, batch: int, length: int, vocabulary: int, num_documents: int, seed: int
+    *,
+    batch: int,
+    length: int,
+    vocabulary: int,
+    num_documents: int,
+    seed: int,
+    shortest: int = 2,
 ) -> Batch:
-    """Random tokens; rows of different lengths; where there are several, one of weight 0."""
+    """Random tokens; rows of different lengths; where there are several, one of weight 0.
+
+    The first row is the longest; the others have ``shortest`` to ``length`` tokens.
+    """
     generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(2, length + 1, (batch, 1), generator=generator)
+    lengths = torch.randint(shortest, length + 1, (batch, 1), generator=generator)
     lengths[0] = length
     mask = (torch.arange(length).view(1, -1) < lengths).to(torch.int64)
     weights = 0.5 + torch.rand(batch, generator=generator)

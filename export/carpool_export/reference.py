@@ -128,11 +128,13 @@ class Reference:
         return torch.stack(rows)
 
     def _embed_row(self, parameter: dict[str, Tensor], ids: Tensor) -> Tensor:
-        soft = self.model.get_input_embeddings()(ids)
-        soft = _adapted(soft, parameter, self._corpus()).unsqueeze(0)
+        soft = self._soft(parameter, ids).unsqueeze(0)
         mask = torch.ones(soft.shape[:2], dtype=torch.int64)
         states = self.model(inputs_embeds=soft, attention_mask=mask).last_hidden_state
         return read_out(states[0], self.readout)
+
+    def _soft(self, parameter: dict[str, Tensor], ids: Tensor) -> Tensor:
+        return _adapted(self.model.get_input_embeddings()(ids), parameter, self._corpus())
 
     def _corpus(self) -> dict[str, Tensor]:
         return {name: values.to(self.model.dtype) for name, values in self.corpus.items()}
