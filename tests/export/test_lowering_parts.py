@@ -19,6 +19,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from carpool.bundle.manifest import Method, TensorSpec
 from carpool_export.lowering import MethodToLower, lower, passes, private
 from carpool_export.lowering.decompositions import DECOMPOSITIONS
+from carpool_export.lowering.private import speed
 from carpool_export.lowering.product import PRODUCT
 from carpool_export.model import PACKED_ATTENTION
 from carpool_export.runner import LoadedProgram
@@ -40,22 +41,22 @@ def test_librarys_mask_code_does_not_know_our_attention() -> None:
 def test_patches_are_undone_even_after_an_error() -> None:
     """Lowering leaves the libraries as it found them."""
     before = (
-        private.xnnpack_preprocess.XNNPACKPassManager,
-        private.fx_traceback.set_current_meta,
+        speed.xnnpack_preprocess.XNNPACKPassManager,
+        speed.fx_traceback.set_current_meta,
         torch.fx.config.do_not_emit_stack_traces,
         ExportedProgram.run_decompositions,
     )
 
     def fail_inside() -> None:
         with private.fast_lowering():
-            assert private.fx_traceback.set_current_meta is not before[1]
+            assert speed.fx_traceback.set_current_meta is not before[1]
             raise KeyError
 
     with pytest.raises(KeyError):
         fail_inside()
     assert before == (
-        private.xnnpack_preprocess.XNNPACKPassManager,
-        private.fx_traceback.set_current_meta,
+        speed.xnnpack_preprocess.XNNPACKPassManager,
+        speed.fx_traceback.set_current_meta,
         torch.fx.config.do_not_emit_stack_traces,
         ExportedProgram.run_decompositions,
     )

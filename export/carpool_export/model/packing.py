@@ -111,7 +111,9 @@ class Packing:
         """Where a token's head stands among the slots' heads: int64, ``(N, H)``."""
         length = self.slots_BT.shape[1]
         head_NH = self.rows_N.view(-1, 1) * heads + torch.arange(heads).view(1, heads)
-        return head_NH * length + self.positions_N.view(-1, 1)
+        # as a tensor: a product with a bare size would be of mixed types
+        length_11 = torch.full((1, 1), length, dtype=torch.int64)
+        return head_NH * length_11 + self.positions_N.view(-1, 1)
 
 
 def repeat_slots(values_B1TK: Tensor, times: int) -> Tensor:

@@ -1,0 +1,41 @@
+"""What torch and ExecuTorch do not promise to keep, and is used here."""
+
+from __future__ import annotations
+
+NAMES: tuple[tuple[str, str], ...] = (
+    ("executorch.backends.xnnpack.xnnpack_preprocess", "XNNPACKPassManager"),
+    ("executorch.backends.xnnpack._passes", "XNNPACKPassManager.transform"),
+    ("executorch.backends.xnnpack._passes", "XNNPACKRemoveCloneOpsTransform"),
+    ("executorch.backends.xnnpack.operators.node_visitor", "NodeVisitor"),
+    ("executorch.backends.xnnpack.operators.node_visitor", "register_node_visitor"),
+    ("executorch.backends.xnnpack.partition.config", "ALL_PARTITIONER_CONFIGS"),
+    ("executorch.backends.xnnpack.partition.config.gemm_configs", "GEMMConfig._get_weight_deps"),
+    ("executorch.backends.xnnpack.partition.config.gemm_configs", "LinearConfig._get_weight_deps"),
+    ("executorch.backends.xnnpack.partition.config.gemm_configs", "LinearConfig._get_bias_deps"),
+    ("executorch.backends.xnnpack.partition.config.xnnpack_config", "ConfigPrecisionType.FP32"),
+    ("executorch.backends.xnnpack.serialization.xnnpack_graph_schema", "XNNBatchMatrixMultiply"),
+    ("executorch.backends.xnnpack.serialization.xnnpack_graph_schema", "XNNFullyConnected"),
+    ("executorch.backends.xnnpack.serialization.xnnpack_graph_schema", "XNode"),
+    ("executorch.backends.xnnpack.utils.utils", "is_param_node"),
+    ("executorch.backends.xnnpack.utils.xnnpack_constants", "XNN_FLAG_TRANSPOSE_B"),
+    ("executorch.backends.xnnpack.utils.xnnpack_constants", "XNN_FLAG_TRANSPOSE_WEIGHTS"),
+    ("executorch.backends.xnnpack.utils.xnnpack_constants", "XNN_INVALID_VALUE_ID"),
+    ("executorch.exir.passes", "LegalizePortableDimOrderPass"),
+    ("executorch.exir.passes", "NormalizeTransposePass"),
+    ("executorch.exir.passes.remove_mixed_type_operators", "RemoveMixedTypeOperators"),
+    ("executorch.exir.passes", "ReplaceBrokenOpsWithFunctionalOpsPass"),
+    ("executorch.exir.passes", "SymToTensorPass"),
+    ("torch._ops", "OpOverload"),
+    ("torch._decomp", "core_aten_decompositions"),
+    ("torch.export", "ExportedProgram.run_decompositions"),
+    ("torch.fx.config", "do_not_emit_stack_traces"),
+    ("torch.fx.experimental.proxy_tensor", "make_fx"),
+    ("torch.fx.passes.infra.pass_base", "PassResult"),
+    ("torch.fx.traceback", "NodeSource"),
+    ("torch.fx.traceback", "NodeSourceAction.CREATE"),
+    ("torch.fx.traceback", "current_meta"),
+    ("torch.fx.traceback", "set_current_meta"),
+    ("torch.fx.traceback", "should_preserve_node_meta"),
+    ("transformers.masking_utils", "ALL_MASK_ATTENTION_FUNCTIONS"),
+)
+"""(module, attribute) of each; the last is what our attention counts on not having its name."""

@@ -1,0 +1,44 @@
+"""From a function to a flat graph, and ExecuTorch's settings for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from executorch.exir import EdgeCompileConfig
+from torch import Tensor
+from torch._decomp import core_aten_decompositions
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+
+
+def trace(
+    function: Callable[..., Any],
+    example_inputs: Sequence[Tensor],
+    *,
+    decompositions: Mapping[Any, Callable[..., Any]],
+) -> GraphModule:
+    """The function's flat graph, backward passes included, with symbolic sizes.
+
+    ``torch.export`` alone cannot trace a function that calls ``torch.autograd.grad``.
+    ``_allow_non_fake_inputs`` lets the frozen weights in as they are.
+    """
+    table: dict[Any, Callable[..., Any]] = dict(core_aten_decompositions()) | dict(decompositions)
+    graph_module: GraphModule = make_fx(
+        function,
+        decomposition_table=table,
+        tracing_mode="symbolic",
+        _allow_non_fake_inputs=True,
+    )(*example_inputs)
+    graph_module.graph.eliminate_dead_code()
+    graph_module.recompile()
+    return graph_module
+
+
+def edge_config() -> EdgeCompileConfig:
+    """Without what ExecuTorch adds for others.
+
+    No check that the graph holds core ATen operators alone: ``linear`` is none. No operators
+    that tell the order of dimensions: here it is always the usual one.
+    """
+    return EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
