@@ -89,11 +89,14 @@ def _export(method: MethodToLower) -> ExportedProgram:
     graph_module = private.trace(
         method.function, method.example_inputs, decompositions=DECOMPOSITIONS
     )
+    # Before the export, so that half of what was traced need not be traced again; and after it,
+    # because it gives some calls other names.
+    _LOG.debug("passes: %s", run_passes(graph_module))
     program = torch.export.export(
         graph_module,
         method.example_inputs,
         dynamic_shapes=method.dynamic_shapes,
         prefer_deferred_runtime_asserts_over_guards=True,
     )
-    _LOG.debug("passes: %s", run_passes(program))
+    _LOG.debug("passes again: %s", run_passes(program.graph_module))
     return program

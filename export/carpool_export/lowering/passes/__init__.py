@@ -7,7 +7,7 @@ All of them expect a functional graph of ATen operators with ``meta["val"]`` on 
 
 from __future__ import annotations
 
-from torch.export import ExportedProgram
+from torch.fx import GraphModule
 
 from carpool_export.lowering.passes.graph import Pass
 from carpool_export.lowering.passes.products import (
@@ -42,15 +42,15 @@ PASSES: tuple[Pass, ...] = (
 _KEPT_META = ("val", "tensor_meta")
 
 
-def run_passes(program: ExportedProgram) -> dict[str, int]:
-    """Runs all ``PASSES`` on the program's graph, in place.
+def run_passes(module: GraphModule) -> dict[str, int]:
+    """Runs all ``PASSES`` on the module's graph, in place.
 
     Also drops the metadata that nothing reads: lowering copies it deeply in every pass.
 
     Returns:
         How often each pass matched, by its name.
     """
-    graph = program.graph
+    graph = module.graph
     graph.eliminate_dead_code()
     found = {}
     for rewrite in PASSES:
@@ -60,5 +60,5 @@ def run_passes(program: ExportedProgram) -> dict[str, int]:
         if node.op != "output":
             node.meta = {key: node.meta[key] for key in _KEPT_META if key in node.meta}
     graph.lint()
-    program.graph_module.recompile()
+    module.recompile()
     return found
