@@ -41,6 +41,6 @@ class LoadedProgram:
         loaded = self._methods[method]
         inputs = [values[name].contiguous() for name in self._inputs[method]]
         expected = loaded.metadata.num_inputs()
-        if len(inputs) != expected:  # fewer would silently reuse earlier ones
+        if len(inputs) != expected:  # some runtimes reuse earlier ones for fewer
             raise ValueError(f"{method}: expected {expected} inputs, got {len(inputs)}.")
         return [output.clone() for output in loaded.execute(inputs)]
