@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,44 @@ class MethodToLower:
     function: Callable[..., Any]
     example_inputs: tuple[Tensor, ...]
     dynamic_shapes: tuple[dict[int, Any] | None, ...]
+
+
+def lower_gradient_program(
+    function: Callable[..., Any],
+    example_inputs: Sequence[Tensor],
+    dynamic_shapes: Sequence[Mapping[int, Any] | None] | None = None,
+    *,
+    method: str = "forward",
+) -> bytes:
+    """The ``.pte`` of any function of tensors, backward passes included.
+
+    The function may call ``torch.autograd.grad``; what it trains goes in as an input, and the
+    gradient comes out. Frozen weights that it refers to are stored in the program. Compare the
+    program with the function before you ship it: what is lowered is XNNPACK's arithmetic.
+
+    Args:
+        function: of tensors, to one tensor or a tuple of tensors; without side effects.
+        example_inputs: distinct tensors; where a size is dynamic, one that differs from all
+            other sizes and from 0 and 1, because equal sizes are taken for one.
+        dynamic_shapes: per input, a ``torch.export.Dim`` by dimension, or None; all fixed if
+            left out.
+        method: its name in the program.
+
+    Raises:
+        ValueError: the same example tensor twice, or not one shape per input.
+        ExportError: the function could not be traced or lowered; says what went wrong.
+    """
+    shapes = [None] * len(example_inputs) if dynamic_shapes is None else dynamic_shapes
+    if len(shapes) != len(example_inputs):
+        raise ValueError(
+            f"expected dynamic shapes of {len(example_inputs)} inputs, got {len(shapes)}."
+        )
+    described = MethodToLower(
+        function=function,
+        example_inputs=tuple(example_inputs),
+        dynamic_shapes=tuple(None if shape is None else dict(shape) for shape in shapes),
+    )
+    return lower({method: described}, progress=lambda _: None)
 
 
 def lower(methods: Mapping[str, MethodToLower], *, progress: Progress) -> bytes:

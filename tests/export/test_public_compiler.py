@@ -1,0 +1,73 @@
+"""``lower_gradient_program`` on functions that are no retriever."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.export import Dim
+
+from carpool.bundle.manifest import Method, TensorSpec
+from carpool.errors import ExportError
+from carpool_export.lowering import lower_gradient_program
+from carpool_export.parity import relative_error
+from carpool_export.runner import LoadedProgram
+
+FROZEN = torch.nn.Sequential(
+    torch.nn.Linear(4, 8), torch.nn.SiLU(), torch.nn.LayerNorm(8), torch.nn.Linear(8, 1)
+).requires_grad_(requires_grad=False)
+
+
+def penalty_gradient(theta: Tensor, x: Tensor) -> Tensor:
+    """Of a frozen network's output, by a shift of its input."""
+    shift = theta.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(FROZEN(x + shift).square().sum(), shift)
+    return gradient
+
+
+def test_program_through_a_frozen_network_equals_eager(tmp_path: Path) -> None:
+    """Frozen weights inside, a size known at run time, any number of calls."""
+    path = tmp_path / "shift.pte"
+    path.write_bytes(
+        lower_gradient_program(
+            penalty_gradient,
+            (torch.ones(4), torch.ones(7, 4)),
+            (None, {0: Dim("rows", min=1, max=9)}),
+            method="shift",
+        )
+    )
+    specs = tuple(TensorSpec(name=name, dtype="float32", shape=(1,)) for name in ("theta", "x"))
+    program = LoadedProgram(path, {"shift": Method(bounds={}, inputs=specs, outputs=())})
+    generator = torch.Generator().manual_seed(2)
+    for rows in (1, 9, 3, 9):
+        theta, x = torch.randn(4, generator=generator), torch.randn(rows, 4, generator=generator)
+        (found,) = program.call("shift", {"theta": theta, "x": x})
+        exact = FROZEN.double()
+        expected = penalty_gradient(theta.double(), x.double())
+        exact.float()
+        assert relative_error(found, expected) <= 2e-6
+
+
+def test_what_cannot_be_lowered_and_shapes_that_do_not_fit_are_said() -> None:
+    """The reason in one line; one shape per input."""
+    with pytest.raises(ExportError, match=r"^the program could not be lowered: "):
+        lower_gradient_program(lambda x: x if x.sum() > 0 else -x, (torch.ones(3),))
+    with pytest.raises(ValueError, match=r"^expected dynamic shapes of 2 inputs, got 1\.$"):
+        lower_gradient_program(torch.add, (torch.ones(3), torch.ones(3)), (None,))
+
+
+@pytest.mark.slow
+def test_the_example_learns_its_curve() -> None:
+    """As a reader runs it."""
+    example = Path(__file__).parents[2] / "export" / "examples" / "fit_curve.py"
+    done = subprocess.run([sys.executable, example], capture_output=True, text=True, check=True)
+    found = re.fullmatch(r"gradient error (\S+), loss (\S+) -> (\S+)\n", done.stdout)
+    assert found is not None
+    error, before, after = map(float, found.groups())
+    assert error <= 2e-6
+    assert after < 0.05 < before
