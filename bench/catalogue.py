@@ -1,0 +1,111 @@
+"""Time and memory of one program over catalogues of different sizes.
+
+    python bench/catalogue.py BUNDLE [--documents 1000 10000 100000] [--length 32] [--repeats 15]
+
+Each size has a process of its own, which loads the program, trains and searches, with eight
+queries of half to all of LENGTH tokens. Memory is the process's anonymous memory (smaps) at the
+end, less what it was before the program was loaded; documents and theta are in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from carpool.bundle import Bundle
+from carpool_device.batches import Batch
+from carpool_device.runtime import DeviceProgram
+from carpool_device.tokenizer import QueryTokenizer
+
+
+def anonymous_megabytes() -> float:
+    """Of this process, as the kernel counts it."""
+    text = Path("/proc/self/smaps_rollup").read_text()
+    found = re.search(r"^Anonymous: +(\d+) kB$", text, flags=re.MULTILINE)
+    if found is None:
+        raise OSError("/proc/self/smaps_rollup: expected a line 'Anonymous:', found none.")
+    return int(found[1]) / 1024
+
+
+def median_seconds(call: Callable[[], object], *, repeats: int) -> float:
+    """After two calls to warm up."""
+    times = []
+    for turn in range(repeats + 2):
+        start = time.perf_counter()
+        call()
+        if turn > 1:
+            times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def measure(path: Path, documents: int, *, length: int, repeats: int) -> str:
+    """A row of the table."""
+    generator = np.random.default_rng(0)
+    bundle = Bundle.open(path)
+    program = DeviceProgram.load(bundle)
+    import torch  # noqa: F401, PLC0415  before the first look at memory: it is not the program's
+
+    before = anonymous_megabytes()
+    manifest = bundle.manifest
+    frozen = bundle.corpus()
+    rows = generator.standard_normal((documents, manifest.model.hidden_size), dtype=np.float32)
+    frozen["documents"] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    del rows
+    more = documents - manifest.documents.count
+    values = manifest.layout.num_values + more * manifest.program.values_per_document
+    theta = 0.05 * generator.standard_normal(values, dtype=np.float32)
+    lengths = generator.integers(length // 2, length + 1, size=8)
+    lengths[0] = length
+    tokenizer: QueryTokenizer = program.tokenizer
+    tokens = tokenizer.pack([generator.integers(1000, 20000, size=n) for n in lengths])
+    batch = Batch(
+        tokens=tokens,
+        labels=generator.integers(0, documents, size=8),
+        example_weights=np.full(8, 1 / 8, dtype=np.float32),
+    )
+    step = median_seconds(
+        lambda: program.gradients(theta, batch, l2_clip_norm=1.0, frozen=frozen), repeats=repeats
+    )
+    search = median_seconds(lambda: program.scores(theta, tokens, frozen=frozen), repeats=repeats)
+    memory = anonymous_megabytes() - before
+    return f"| {documents:,} | {1000 * step:.0f} | {1000 * search:.0f} | {memory:.0f} |"
+
+
+def main() -> None:
+    """Prints the table, or one row of it in a process of its own."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--documents", type=int, nargs="+", default=[1_000, 10_000, 100_000])
+    parser.add_argument("--length", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        documents = options.documents[0]
+        row = measure(options.bundle, documents, length=options.length, repeats=options.repeats)
+        print(row)
+        return
+    print("| documents | training step, ms | search of 8 queries, ms | anonymous memory, MB |")
+    print("|---:|---:|---:|---:|")
+    for documents in options.documents:
+        command = [sys.executable, __file__, str(options.bundle), "--one"]
+        for name, value in (
+            ("--documents", documents),
+            ("--length", options.length),
+            ("--repeats", options.repeats),
+        ):
+            command += [name, str(value)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603  this file
+        print(done.stdout.strip(), flush=True)
+
+
+if __name__ == "__main__":
+    main()
