@@ -145,11 +145,10 @@ def _to_lower(
     if trainables.values_per_document and documents is not None:
         # theta's length follows from the catalogue's, where the method takes one
         sizes["values"] = fixed + sizes.get("documents", trainables.num_documents)
-        dims["values"] = (
-            dims["documents"] + fixed
-            if "documents" in dims
-            else Dim("values", min=fixed + documents.min, max=fixed + documents.max)
-        )
+        if "documents" not in dims:
+            dims["values"] = Dim("values", min=fixed + documents.min, max=fixed + documents.max)
+        else:
+            dims["values"] = dims["documents"] + fixed if fixed else dims["documents"]
     return MethodToLower(
         function=function,
         example_inputs=tuple(_example(spec, sizes) for spec in method.inputs),
