@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,14 +46,14 @@ _WITHOUT_EFFECT = frozenset(
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Attending:
     """What attention must know beyond its arguments: the batch, and who sees whom."""
 
     packing: Packing
     causal: bool
+    _masks: dict[tuple[int | None, int], Tensor] = dataclasses.field(default_factory=dict)
 
-    @functools.lru_cache(maxsize=8)  # noqa: B019  lives as long as one trace
     def mask(self, window: int | None, shared: int) -> Tensor:
         """Additive: ``(B, 1, 1, T)``, or ``(B, 1, shared * T, T)`` where queries differ.
 
@@ -62,6 +61,11 @@ class Attending:
             window: a query sees keys less than this many places away.
             shared: how many heads share a key.
         """
+        if (window, shared) not in self._masks:  # every layer asks for one of very few
+            self._masks[window, shared] = self._make_mask(window, shared)
+        return self._masks[window, shared]
+
+    def _make_mask(self, window: int | None, shared: int) -> Tensor:
         batch, length = self.packing.slots_BT.shape
         padding_B11T = ((1.0 - self.packing.mask_BT) * MASKED).view(batch, 1, 1, length)
         if not self.causal and window is None:

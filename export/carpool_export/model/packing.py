@@ -22,7 +22,7 @@ from torch import Tensor
 from carpool_export.reductions import row_sum
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Packing:
     """Which token stands in which slot of which row.
 
