@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, StringConstraints, model_validator
@@ -279,6 +280,16 @@ class Licence(Model):
     applies_to: str
     licence: str
     notice: str
+
+
+def licences_of_documents(notices: Iterable[str]) -> tuple[Licence, ...]:
+    """An entry for each text that must go with the catalogue's files."""
+    return tuple(
+        Licence(
+            applies_to="documents.jsonl, corpus.safetensors", licence="see notice", notice=notice
+        )
+        for notice in notices
+    )
 
 
 class Signature(Model):

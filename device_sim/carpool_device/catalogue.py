@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from carpool.bundle import Bundle, finish_bundle, staging_folder
-from carpool.bundle.manifest import Licence
+from carpool.bundle.manifest import licences_of_documents
 from carpool.data.corpus import Document, read_documents, write_lines
 from carpool.errors import BundleError, CorpusError, DeviceError
 from carpool.theta import write_theta, zero_theta
@@ -90,19 +90,13 @@ def add_documents(
         path = staging / manifest.theta_file
         write_theta(path, longer, layout=layout, bundle_id=None, round_number=0)
         documents = manifest.documents.model_copy(update={"count": count})
-        licences = [
-            Licence(
-                applies_to="documents.jsonl, corpus.safetensors", licence="see notice", notice=n
-            )
-            for n in notices
-        ]
         fields = {name: getattr(manifest, name) for name in type(manifest).model_fields}
         for name in ("files", "layout_id", "signature"):
             del fields[name]
         fields |= {
             "layout": layout,
             "documents": documents,
-            "licences": (*manifest.licences, *licences),
+            "licences": (*manifest.licences, *licences_of_documents(notices)),
         }
         return finish_bundle(staging, destination, fields)
 

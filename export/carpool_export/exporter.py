@@ -101,7 +101,8 @@ def export_bundle(
         packed = load_model(source.folder, attention=PACKED_ATTENTION)
         encoder = build_encoder(packed, eager, source.readout)
         functions = StepFunctions(encoder=encoder, trainables=trainables)
-        methods = describe_methods(functions, _bounds(settings))
+        bounds = _bounds(settings)
+        methods = describe_methods(functions, bounds)
         path = staging / "program.pte"
         path.write_bytes(lower(methods_to_lower(functions, methods), progress=announce))
         program = LoadedProgram(path, methods)
@@ -120,7 +121,7 @@ def export_bundle(
             program,
             reference,
             shapes=shapes,
-            embed_length=_bounds(settings).embed_length,
+            embed_length=bounds.embed_length,
             catalogues=_other_catalogues(trainables, width=source.width),
             vocabulary=source.vocabulary,
         )
@@ -218,15 +219,7 @@ def _licences(
         notice=f"{source.name}, licence {licence} as its model card states; "
         f"weights unchanged, compiled into program.pte.",
     )
-    return (
-        model,
-        *(
-            schema.Licence(
-                applies_to="documents.jsonl, corpus.safetensors", licence="see notice", notice=text
-            )
-            for text in notices
-        ),
-    )
+    return (model, *schema.licences_of_documents(notices))
 
 
 def _corpus(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -81,12 +81,6 @@ class Encoder:
         if self.readout.dense:
             return self.readout.dense[-1].weight.shape[0]
         return self.state_width
-
-    @property
-    def token_width(self) -> int:
-        """D of a token's embedding; some models widen it before their first block."""
-        table: Any = self.model.get_input_embeddings()
-        return int(table.weight.shape[1])
 
     def token_embeddings(self, token_ids_N: Tensor) -> Tensor:
         """The embedding table's rows, float32 ``(N, D)``: what an adapter changes."""
