@@ -27,6 +27,8 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
+from carpool_export.lowering.private.partitioning import fast_partitioning
+
 
 class _OnePass(XNNPACKPassManager):  # type: ignore[misc]  # executorch has no types
     """Of XNNPACK's 17 passes over each partition, the one that matches anything here."""
@@ -151,7 +153,7 @@ def fast_lowering() -> Iterator[None]:
     fx_traceback.set_current_meta = _meta_with_one_source
     torch.fx.config.do_not_emit_stack_traces = True
     try:
-        with _skipping_passes():
+        with _skipping_passes(), fast_partitioning():
             yield
     finally:
         ExportedProgram.run_decompositions = _DECOMPOSE  # type: ignore[method-assign]
