@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from carpool.errors import FolderError
 
@@ -45,22 +48,23 @@ def make_folder(path: Path) -> None:
         ) from error
 
 
-def write_atomically(path: Path, data: bytes, *, private: bool = False) -> None:
-    """Replaces ``path`` by ``data``; a reader or a crash sees the old bytes or the new ones.
+@contextlib.contextmanager
+def atomic_file(path: Path, *, private: bool = False) -> Iterator[BinaryIO]:
+    """A new file to write, which takes the place of ``path`` when the block ends without error.
 
-    Guarantees: on return the bytes and the name are durable (both ``fsync``-ed). A process
-    killed in between leaves at most a stray ``.NAME.*`` beside the file, never half a file.
+    Guarantees: a reader or a crash sees the old bytes or the new ones; afterwards the bytes and
+    the name are durable (both ``fsync``-ed). A process killed in between leaves at most a stray
+    ``.NAME.*`` beside the file, never half a file.
 
     Args:
         path: the file; its directory must exist.
-        data: the whole content.
         private: readable by the owner alone (mode 0600) instead of by the usual mask.
     """
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     temporary = Path(name)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         if not private:
@@ -70,6 +74,12 @@ def write_atomically(path: Path, data: bytes, *, private: bool = False) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+
+
+def write_atomically(path: Path, data: bytes, *, private: bool = False) -> None:
+    """Replaces ``path`` by ``data``, as ``atomic_file`` does."""
+    with atomic_file(path, private=private) as file:
+        file.write(data)
 
 
 @functools.cache

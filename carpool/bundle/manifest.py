@@ -10,7 +10,7 @@ from pydantic import Field, StringConstraints, model_validator
 from carpool.schema import Model, Sha256, canonical_id
 from carpool.theta import Layout
 
-SCHEMA_VERSION: Literal[2] = 2
+SCHEMA_VERSION: Literal[3] = 3
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -90,11 +90,79 @@ class Method(Model):
         return self
 
 
+class WeightSegment(Model):
+    """A frozen matrix inside the program, row by row, shipped as int8 with a scale per channel.
+
+    Attributes:
+        offset: of its first byte in the program.
+        rows: of the matrix.
+        columns: likewise.
+        scale_per: whether a channel is a row or a column.
+    """
+
+    offset: Annotated[int, Field(ge=0)]
+    rows: PositiveInt
+    columns: PositiveInt
+    scale_per: Literal["row", "column"]
+
+    @property
+    def channels(self) -> int:
+        """How many scales it has."""
+        return self.rows if self.scale_per == "row" else self.columns
+
+    @property
+    def end(self) -> int:
+        """The byte of the program after its last one."""
+        return self.offset + 4 * self.rows * self.columns
+
+    @property
+    def packed_bytes(self) -> int:
+        """What it takes in the shipped file."""
+        return 4 * self.channels + self.rows * self.columns
+
+
+class PackedWeights(Model):
+    """The program as it is shipped where its weights are int8.
+
+    The file is the program with each segment replaced, at its place, by its scales (float32,
+    little-endian) and then its values (int8, row by row). A weight is value times scale in
+    float32, which every processor rounds alike.
+
+    Attributes:
+        file: its name.
+        program: size and SHA-256 of the program that it expands to.
+        segments: in the order of the program; they do not overlap.
+    """
+
+    file: FileName
+    program: FileEntry
+    segments: tuple[WeightSegment, ...]
+
+    @property
+    def file_bytes(self) -> int:
+        """The size that follows from the segments."""
+        return self.program.bytes + sum(
+            segment.packed_bytes - (segment.end - segment.offset) for segment in self.segments
+        )
+
+    @model_validator(mode="after")
+    def _segments_are_inside_and_apart(self) -> Self:
+        end = 0
+        for segment in self.segments:
+            if segment.offset < end:
+                raise ValueError(f"expected a segment at {end} or later, got {segment.offset}")
+            end = segment.end
+        if end > self.program.bytes:
+            raise ValueError(f"expected segments within {self.program.bytes} bytes, got {end}")
+        return self
+
+
 class Program(Model):
     """The ``.pte`` and how it may be called.
 
     Attributes:
-        file: its name.
+        file: its name; not shipped where ``packed`` is.
+        packed: what is shipped instead; None where the weights are float32.
         runtime: what may run it.
         values_per_document: how many of theta's values each document has of its own, where the
             number of documents is dynamic; they are theta's last ones, a document after the
@@ -103,9 +171,15 @@ class Program(Model):
     """
 
     file: FileName
+    packed: PackedWeights | None
     runtime: RuntimeRange
     values_per_document: Annotated[int, Field(ge=0)]
     methods: dict[str, Method]
+
+    @property
+    def shipped_file(self) -> str:
+        """The name of what is shipped: the program itself or its packed form."""
+        return self.file if self.packed is None else self.packed.file
 
     @model_validator(mode="after")
     def _has_every_method(self) -> Self:
@@ -126,6 +200,7 @@ class SourceModel(Model):
         hidden_size: d, the embedding's dimension.
         pooling: how token states become one embedding.
         normalize: whether the embedding is scaled to length 1.
+        weights: float32 as they were published, or rounded to int8 per channel.
         weights_sha256: of the source's weight file.
     """
 
@@ -134,6 +209,7 @@ class SourceModel(Model):
     hidden_size: PositiveInt
     pooling: Literal["mean", "cls", "last"]
     normalize: bool
+    weights: Literal["float32", "int8"]
     weights_sha256: Sha256
 
 
@@ -262,8 +338,9 @@ class Golden(Model):
 class Parity(Model):
     """What the exporter's gate measured: the largest error over all shapes it tried.
 
-    Errors are shares of the largest eager value; the loss's of 1, where eager is less. ``shapes``
-    are (batch, length) pairs.
+    Errors are shares of the largest eager value; the loss's of 1, where eager is less; the
+    trajectory's, of theta after ``trajectory_steps`` training steps from zero, of the longest way
+    that one of its values went. ``shapes`` are (batch, length) pairs.
     """
 
     gate: PositiveFloat
@@ -271,6 +348,8 @@ class Parity(Model):
     scores_error: Annotated[float, Field(ge=0)]
     loss_error: Annotated[float, Field(ge=0)]
     embed_error: Annotated[float, Field(ge=0)]
+    trajectory_error: Annotated[float, Field(ge=0)]
+    trajectory_steps: PositiveInt
     shapes: tuple[tuple[PositiveInt, PositiveInt], ...]
 
 
@@ -303,7 +382,7 @@ class Signature(Model):
 class Manifest(Model):
     """Everything about a bundle. Its id is the hash of all this but the signature."""
 
-    schema_version: Literal[2] = SCHEMA_VERSION
+    schema_version: Literal[3] = SCHEMA_VERSION
     carpool_version: str
     preset: str
     model: SourceModel
@@ -328,12 +407,22 @@ class Manifest(Model):
             self.theta_file,
             self.documents.file,
             self.documents.corpus_file,
-            self.program.file,
+            self.program.shipped_file,
             self.tokenizer.file,
             self.golden.file,
         }
         if missing := sorted(used - self.files.keys()):
             raise ValueError(f"expected files to list every file in use, got no {missing}")
+        packed = self.program.packed
+        if packed is not None:
+            found = self.files[packed.file].bytes
+            if found != packed.file_bytes:
+                raise ValueError(
+                    f"expected {packed.file} to have the {packed.file_bytes} bytes that its "
+                    f"segments add up to, got {found}"
+                )
+            if self.program.file in self.files:
+                raise ValueError(f"expected {self.program.file} or {packed.file}, got both")
         return self
 
     @property

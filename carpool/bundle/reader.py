@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
 from carpool.bundle.manifest import FROZEN_INPUTS, SCHEMA_VERSION, Manifest
+from carpool.bundle.weights import expand_once
 from carpool.data.corpus import Document, read_documents
 from carpool.errors import BundleError
 from carpool.files import sha256_of_file
@@ -54,8 +55,16 @@ class Bundle:
 
     @property
     def program_path(self) -> Path:
-        """The ``.pte``."""
-        return self.path / self.manifest.program.file
+        """The ``.pte``; where its weights were shipped as int8, it is expanded now if need be.
+
+        Raises:
+            BundleError: it cannot be expanded, or not to what the manifest states.
+        """
+        program = self.manifest.program
+        path = self.path / program.file
+        if program.packed is not None:
+            expand_once(self.path / program.packed.file, path, program.packed)
+        return path
 
     @property
     def tokenizer_path(self) -> Path:

@@ -83,7 +83,11 @@ def add_documents(
     longer = zero_theta(layout)
     longer[: theta.size] = theta
     with staging_folder(destination) as staging:
-        for name in (manifest.program.file, manifest.tokenizer.file, manifest.golden.file):
+        for name in (
+            manifest.program.shipped_file,
+            manifest.tokenizer.file,
+            manifest.golden.file,
+        ):
             shutil.copyfile(bundle.path / name, staging / name)
         write_lines(staging / manifest.documents.file, [*old, *new])
         save_file(corpus, staging / manifest.documents.corpus_file)

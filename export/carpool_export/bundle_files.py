@@ -10,18 +10,24 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
+from transformers import PreTrainedModel
 
 from carpool.bundle import manifest as schema
+from carpool.bundle.weights import expand_once
 from carpool.data.corpus import Document, write_lines
+from carpool.files import sha256_of_file
 from carpool.theta import write_theta, zero_theta
 from carpool_export import golden
 from carpool_export.corpus import load_tokenizer
+from carpool_export.model.weights import pack_program
 from carpool_export.program import StepFunctions
 from carpool_export.reference import Reference
 from carpool_export.settings import ExportSettings
 from carpool_export.source import ModelSource
 from carpool_export.trainables import preset_name
 
+PROGRAM_NAME = "program.pte"
+PACKED_NAME = "program.pte.int8"
 RUNTIME = schema.RuntimeRange(at_least="1.5.0", below="1.6.0")
 
 
@@ -74,6 +80,35 @@ def write_files(staging: Path, export: FinishedExport) -> None:
     )
 
 
+def pack_weights(staging: Path, program: schema.Program, model: PreTrainedModel) -> schema.Program:
+    """Replaces the program in ``staging`` by its packed form, once that expands to it again.
+
+    Args:
+        staging: the folder that becomes the bundle.
+        program: what the manifest would say of it.
+        model: whose rounded weights are in it.
+
+    Returns:
+        What the manifest shall say.
+
+    Raises:
+        BundleError: the packed form expands to something else: a defect here.
+    """
+    path, packed_path = staging / program.file, staging / PACKED_NAME
+    pieces, segments = pack_program(path.read_bytes(), model)
+    packed = schema.PackedWeights(
+        file=PACKED_NAME,
+        program=schema.FileEntry(bytes=path.stat().st_size, sha256=sha256_of_file(path)),
+        segments=segments,
+    )
+    path.unlink()
+    with packed_path.open("wb") as file:
+        file.writelines(pieces)
+    expand_once(packed_path, path, packed)
+    path.unlink()
+    return program.model_copy(update={"packed": packed})
+
+
 def manifest_fields(export: FinishedExport) -> dict[str, Any]:
     """The manifest's fields that follow from the export."""
     source, settings = export.source, export.settings
@@ -87,6 +122,7 @@ def manifest_fields(export: FinishedExport) -> dict[str, Any]:
             hidden_size=source.width,
             pooling=source.readout.pooling,
             normalize=source.readout.normalize,
+            weights=settings.weights,
             weights_sha256=source.weights_sha256(),
         ),
         "adapter": trainables.adapter.describe(),
@@ -102,7 +138,8 @@ def manifest_fields(export: FinishedExport) -> dict[str, Any]:
             corpus_file="corpus.safetensors",
         ),
         "program": schema.Program(
-            file="program.pte",
+            file=PROGRAM_NAME,
+            packed=None,
             runtime=RUNTIME,
             values_per_document=trainables.values_per_document,
             methods=export.methods,

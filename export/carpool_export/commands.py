@@ -83,6 +83,13 @@ def export(
         list[str] | None,
         typer.Option(help="SEGMENT=NUMBER: parameter units per unit of theta. Repeatable."),
     ] = None,
+    weights: Annotated[
+        str,
+        typer.Option(
+            help="float32, or int8: rounded per channel, about a third to ship; devices expand "
+            "it once."
+        ),
+    ] = "float32",
     model_licence: Annotated[
         str | None, typer.Option(help="The model's licence, where its card states none.")
     ] = None,
@@ -127,13 +134,14 @@ def export(
         max_length=max_length,
         max_documents=max_documents,
         scales=dict(_parse_scale(text) for text in scale or []),
+        weights=weights,  # type: ignore[arg-type]  # checked there
         licence=model_licence,
         notices=tuple(read_notice(path) for path in notice or []),
     )
     with stages(f"export {preset_name(kinds)}", total=len(STAGES)) as announce:
         bundle = export_bundle(model, documents, out, settings, announce=announce)
     manifest = bundle.manifest
-    size = manifest.files[manifest.program.file].bytes
+    size = manifest.files[manifest.program.shipped_file].bytes
     typer.echo(
         f"{out}: bundle {bundle.id}\n"
         f"preset {manifest.preset}: {manifest.layout.num_values:,} trained values, "

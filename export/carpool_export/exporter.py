@@ -15,8 +15,15 @@ from carpool.bundle import Bundle, finish_bundle, staging_folder
 from carpool.bundle import manifest as schema
 from carpool.data.corpus import Document, read_documents, read_notice
 from carpool.errors import ExportError
-from carpool_export.bundle_files import FinishedExport, manifest_fields, write_files
+from carpool_export.bundle_files import (
+    PROGRAM_NAME,
+    FinishedExport,
+    manifest_fields,
+    pack_weights,
+    write_files,
+)
 from carpool_export.corpus import embed_passages, load_tokenizer, principal_directions
+from carpool_export.gate_texts import GateTexts
 from carpool_export.lowering import lower
 from carpool_export.methods import (
     MIN_DOCUMENTS,
@@ -31,7 +38,7 @@ from carpool_export.model import (
     build_encoder,
     load_model,
 )
-from carpool_export.parity import GRADIENT_GATE, check_parity, gate_shapes
+from carpool_export.parity import GRADIENT_GATE, TRAJECTORY_STEPS, check_parity, gate_shapes
 from carpool_export.program import StepFunctions
 from carpool_export.reference import Reference
 from carpool_export.runner import LoadedProgram
@@ -97,13 +104,14 @@ def export_bundle(
     )
     with staging_folder(destination) as staging:
         announce(STAGES[0])
-        eager = load_model(source.folder, attention=EAGER_ATTENTION)
-        packed = load_model(source.folder, attention=PACKED_ATTENTION)
+        weights = settings.weights
+        eager = load_model(source.folder, attention=EAGER_ATTENTION, weights=weights)
+        packed = load_model(source.folder, attention=PACKED_ATTENTION, weights=weights)
         encoder = build_encoder(packed, eager, source.readout)
         functions = StepFunctions(encoder=encoder, trainables=trainables)
         bounds = _bounds(settings)
         methods = describe_methods(functions, bounds)
-        path = staging / "program.pte"
+        path = staging / PROGRAM_NAME
         path.write_bytes(lower(methods_to_lower(functions, methods), progress=announce))
         program = LoadedProgram(path, methods)
         announce(STAGES[5])
@@ -120,6 +128,11 @@ def export_bundle(
         measured = check_parity(
             program,
             reference,
+            texts=GateTexts(
+                tokenizer_path=source.tokenizer_path,
+                prompt=source.prompts.query,
+                passages=[document.passage for document in documents],
+            ),
             shapes=shapes,
             embed_length=bounds.embed_length,
             catalogues=_other_catalogues(trainables, width=source.width),
@@ -141,9 +154,13 @@ def export_bundle(
             scores_error=measured.scores,
             loss_error=measured.loss,
             embed_error=measured.embed,
+            trajectory_error=measured.trajectory,
+            trajectory_steps=TRAJECTORY_STEPS,
             shapes=tuple(shapes),
         )
         fields = manifest_fields(finished) | {"parity": parity, "licences": licences}
+        if weights == "int8":
+            fields["program"] = pack_weights(staging, fields["program"], packed)
         return finish_bundle(staging, destination, fields)
 
 
@@ -196,6 +213,8 @@ def _check_settings(settings: ExportSettings, source: ModelSource, *, num_docume
             f"--max-documents: expected at least {num_documents}, the documents there are, got "
             f"{settings.max_documents}."
         )
+    if settings.weights not in _CHANGES:
+        raise ExportError(f"--weights: expected {' or '.join(_CHANGES)}, got {settings.weights!r}.")
     if not 0 < settings.logit_scale < float("inf"):
         raise ExportError(f"--logit-scale: expected a positive number, got {settings.logit_scale}.")
 
@@ -214,12 +233,15 @@ def _licences(
     if not notices and beside.is_file():
         notices = (read_notice(beside),)
     model = schema.Licence(
-        applies_to=f"{source.name} (weights in program.pte; tokenizer.json)",
+        applies_to=f"{source.name} (weights in {PROGRAM_NAME}; tokenizer.json)",
         licence=licence,
         notice=f"{source.name}, licence {licence} as its model card states; "
-        f"weights unchanged, compiled into program.pte.",
+        f"weights {_CHANGES[settings.weights]}, compiled into {PROGRAM_NAME}.",
     )
     return (model, *schema.licences_of_documents(notices))
+
+
+_CHANGES = {"float32": "unchanged", "int8": "rounded to int8 per channel"}
 
 
 def _corpus(

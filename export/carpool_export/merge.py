@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
+from transformers import PreTrainedModel
 
 from carpool.bundle import Bundle, Manifest, staging_folder
 from carpool.errors import ExportError
@@ -83,7 +84,8 @@ def merge(
     offsets = manifest.layout.parameters(theta)
     vectors = document_vectors(manifest, bundle.corpus(), offsets)
     with staging_folder(destination) as staging:
-        _write_soft_model(staging, source, bundle.corpus(), offsets)
+        eager = load_model(source.folder, attention=EAGER_ATTENTION, weights=manifest.model.weights)
+        _write_soft_model(staging, source, eager, bundle.corpus(), offsets)
         write_chain(staging, source, manifest)
         save_file({"vectors": vectors}, staging / VECTORS_NAME)
         shutil.copyfile(bundle.path / manifest.documents.file, staging / "documents.jsonl")
@@ -135,11 +137,11 @@ def soft_table(
 def _write_soft_model(
     folder: Path,
     source: ModelSource,
+    model: PreTrainedModel,
     corpus: Mapping[str, Floats],
     offsets: Mapping[str, Floats],
 ) -> None:
     """The library's own files of the model, with the adapter in its embedding table."""
-    model = load_model(source.folder, attention=EAGER_ATTENTION)
     table: Any = model.get_input_embeddings()  # typed as any module
     # Gemma multiplies its rows before anything sees them.
     scale = float(getattr(table, "embed_scale", 1.0))

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from carpool.errors import ParityError
 from carpool.recipe import PLAIN_GRADIENT_CLIP
+from carpool_export.gate_texts import GateTexts
+from carpool_export.methods import MIN_LENGTH
 from carpool_export.reference import Batch, Reference, clipped_sum
 from carpool_export.runner import LoadedProgram
 
@@ -27,6 +29,14 @@ EMBED_GATE = 5e-6
 LOSS_GATE = 5e-6
 """Likewise for the loss, of the larger of 1 and the eager loss: a difference of two logits."""
 
+TRAJECTORY_GATE = 1e-4
+"""Likewise for theta after training steps, of the longest way that a value of it went: each step
+takes its gradient where the last one's error led, so errors add up and may grow."""
+
+TRAJECTORY_STEPS = 20
+_TRAJECTORY_RATE = 0.1
+_TRAJECTORY_SHAPE = (2, 16)
+
 _THETA_SPREAD = 0.05
 """Standard deviation of the random theta, in its own units: every segment counts."""
 
@@ -39,6 +49,7 @@ class Measured:
     scores: float = 0.0
     loss: float = 0.0
     embed: float = 0.0
+    trajectory: float = 0.0
 
     def worst(self, other: Measured) -> Measured:
         """The larger of each."""
@@ -92,13 +103,7 @@ def measure(program: LoadedProgram, reference: Reference, theta: Tensor, batch: 
 
     The clip bound is 0.9 times the median norm: about half of the rows are clipped.
     """
-    values = {
-        "theta": theta,
-        **reference.corpus,
-        **batch.packed(),
-        "labels": batch.labels,
-        "example_weights": batch.example_weights,
-    }
+    values = _inputs(reference, theta, batch)
     weighted = batch.example_weights
     losses, examples = reference.example_gradients(theta, batch)
     bound = 0.9 * float(examples[weighted != 0].norm(dim=1).median())
@@ -106,7 +111,7 @@ def measure(program: LoadedProgram, reference: Reference, theta: Tensor, batch: 
     found = Measured()
     for clip in (PLAIN_GRADIENT_CLIP, bound):
         expected = clipped_sum(examples, weighted, l2_clip_norm=clip)
-        loss, gradient = program.call("gradients", values | {"l2_clip_norm": torch.tensor([clip])})
+        loss, gradient = program.call("gradients", _inputs(reference, theta, batch, clip))
         found = found.worst(
             Measured(
                 gradient=relative_error(gradient, expected),
@@ -130,10 +135,28 @@ def measure_embed(
         return Measured(embed=relative_error(embeddings, reference.embed(theta, batch)))
 
 
+def measure_trajectory(
+    program: LoadedProgram, reference: Reference, batches: Sequence[Batch]
+) -> Measured:
+    """Trains both from zero, a clipped step for each batch, and compares where they came to."""
+    ours = torch.zeros(reference.layout.num_values)
+    exact = ours.double()
+    bound = 1.0
+    for batch in batches:
+        values = _inputs(reference, ours, batch, bound)
+        ours = ours - _TRAJECTORY_RATE * program.call("gradients", values)[1]
+        _, examples = reference.example_gradients(exact, batch)
+        exact = exact - _TRAJECTORY_RATE * clipped_sum(
+            examples, batch.example_weights, l2_clip_norm=bound
+        )
+    return Measured(trajectory=relative_error(ours, exact))
+
+
 def check_parity(
     program: LoadedProgram,
     reference: Reference,
     *,
+    texts: GateTexts,
     shapes: Sequence[tuple[int, int]],
     embed_length: int,
     catalogues: Sequence[Tensor],
@@ -142,11 +165,14 @@ def check_parity(
     """Measures at every shape and refuses what is above the gate.
 
     Guarantees: on return, no error is above its gate at any of ``shapes``, with any of
-    ``catalogues``, or for a full batch of texts of ``embed_length``; a NaN is refused.
+    ``catalogues``, after ``TRAJECTORY_STEPS`` steps, or for a full batch of random tokens of
+    ``embed_length``; a NaN is refused; and the first call gives the same bits again after all
+    others.
 
     Args:
         program: the finished ``.pte``.
         reference: the same model, layout and corpus in eager PyTorch.
+        texts: what the rows are cut from.
         shapes: (batch, length) pairs.
         embed_length: tokens of the longest text to embed.
         catalogues: documents' embeddings of other numbers of documents than the reference has,
@@ -159,11 +185,11 @@ def check_parity(
     worst = Measured()
     cases = [(shape, reference) for shape in shapes]
     cases += [(shapes[-2:][0], reference.over(documents)) for documents in catalogues]
+    before = _first_gradient(program, reference, texts)
     for seed, ((size, length), eager) in enumerate(cases):
-        batch = random_batch(
+        batch = texts.batch(
             batch=size,
             length=length,
-            vocabulary=vocabulary,
             # Among few documents, rows for different ones nearly cancel in the sum.
             num_documents=len(eager.corpus["documents"]) if eager is reference else 1,
             seed=seed,
@@ -175,6 +201,21 @@ def check_parity(
         )
         _refuse_above_gate(found, f"at batch {size}, length {length}{documents}")
         worst = worst.worst(found)
+    size, length = (
+        min(wished, most) for wished, most in zip(_TRAJECTORY_SHAPE, shapes[-1], strict=True)
+    )
+    batches = [
+        texts.batch(
+            batch=size,
+            length=length,
+            num_documents=len(reference.corpus["documents"]),
+            seed=step,
+        )
+        for step in range(TRAJECTORY_STEPS)
+    ]
+    found = measure_trajectory(program, reference, batches)
+    _refuse_above_gate(found, f"after {TRAJECTORY_STEPS} steps")
+    worst = worst.worst(found)
     size = max(size for size, _ in shapes)
     batch = random_batch(
         batch=size, length=embed_length, vocabulary=vocabulary, num_documents=2, seed=0
@@ -182,7 +223,31 @@ def check_parity(
     theta = random_theta(reference.layout.num_values, seed=0)
     found = measure_embed(program, reference, theta, batch)
     _refuse_above_gate(found, f"at batch {size}, length {embed_length}")
+    if not torch.equal(_first_gradient(program, reference, texts), before):
+        raise ParityError(
+            "gradient: expected the same bits from the same call, got others after calls with "
+            "other inputs. No bundle was written; this model cannot be exported as it is."
+        )
     return worst.worst(found)
+
+
+def _first_gradient(program: LoadedProgram, reference: Reference, texts: GateTexts) -> Tensor:
+    batch = texts.batch(batch=1, length=MIN_LENGTH + 1, num_documents=2, seed=0)
+    theta = random_theta(reference.layout.num_values, seed=0)
+    return program.call("gradients", _inputs(reference, theta, batch))[1]
+
+
+def _inputs(
+    reference: Reference, theta: Tensor, batch: Batch, clip: float = PLAIN_GRADIENT_CLIP
+) -> dict[str, Tensor]:
+    return {
+        "theta": theta,
+        **reference.corpus,
+        **batch.packed(),
+        "labels": batch.labels,
+        "example_weights": batch.example_weights,
+        "l2_clip_norm": torch.tensor([clip]),
+    }
 
 
 def _refuse_above_gate(found: Measured, where: str) -> None:
@@ -191,6 +256,7 @@ def _refuse_above_gate(found: Measured, where: str) -> None:
         ("scores", found.scores, SCORES_GATE),
         ("loss", found.loss, LOSS_GATE),
         ("embed", found.embed, EMBED_GATE),
+        ("theta", found.trajectory, TRAJECTORY_GATE),
     ):
         if not error <= gate:
             raise ParityError(

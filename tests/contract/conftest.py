@@ -88,6 +88,7 @@ def manifest_fields() -> dict[str, Any]:
             hidden_size=WIDTH,
             pooling="mean",
             normalize=True,
+            weights="float32",
             weights_sha256="0" * 64,
         ),
         "adapter": ScaleBiasAdapter(),
@@ -104,6 +105,7 @@ def manifest_fields() -> dict[str, Any]:
         ),
         "program": Program(
             file="program.pte",
+            packed=None,
             runtime=RuntimeRange(at_least="1.0", below="2.0"),
             values_per_document=0,
             methods={
@@ -134,6 +136,8 @@ def manifest_fields() -> dict[str, Any]:
             scores_error=0.0,
             loss_error=0.0,
             embed_error=0.0,
+            trajectory_error=0.0,
+            trajectory_steps=20,
             shapes=((1, 2),),
         ),
         "licences": (Licence(applies_to="documents", licence="CC0-1.0", notice="für alle"),),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 import re
+import struct
 from pathlib import Path
 from typing import get_args
 
@@ -12,7 +14,14 @@ import numpy as np
 import pytest
 
 from carpool.bundle import Bundle
-from carpool.bundle.manifest import SCHEMA_VERSION, Dimension
+from carpool.bundle.manifest import (
+    SCHEMA_VERSION,
+    Dimension,
+    FileEntry,
+    PackedWeights,
+    WeightSegment,
+)
+from carpool.bundle.weights import expanded
 from carpool.errors import Refusal
 from carpool.packing import pack
 from carpool.protocol import ContributionHeader, PoolHeader, TaskHeader
@@ -79,6 +88,24 @@ def test_the_page_lists_every_file_of_a_bundle(make_bundle: object) -> None:
     assert isinstance(bundle, Bundle)
     listed = set(re.findall(r"^\| `([a-z]+\.[a-z]+)` \|", PAGE, flags=re.MULTILINE))
     assert listed == {path.name for path in bundle.path.iterdir()}
+
+
+def test_the_pages_packed_weights_expand_as_it_says() -> None:
+    """Each weight worked out with a struct."""
+    shipped, program = (
+        bytes.fromhex("".join(line.split()[1:]))
+        for line in PAGE.splitlines()
+        if line.startswith(("    shipped  ", "    program  "))
+    )
+    packed = PackedWeights(
+        file="program.pte.int8",
+        program=FileEntry(bytes=len(program), sha256=hashlib.sha256(program).hexdigest()),
+        segments=(WeightSegment(offset=8, rows=2, columns=3, scale_per="row"),),
+    )
+    assert packed.file_bytes == len(shipped)
+    assert b"".join(expanded(io.BytesIO(shipped), packed)) == program
+    weights = struct.unpack("<6f", program[8:32])
+    assert weights == (1.0, 2.0, -3.0, 127 / 8, -128 / 8, -1 / 8)
 
 
 @pytest.mark.parametrize(

@@ -229,6 +229,7 @@ def manifest_fields() -> dict[str, Any]:
             "hidden_size": WIDTH,
             "pooling": "mean",
             "normalize": False,
+            "weights": "float32",
             "weights_sha256": "0" * 64,
         },
         "adapter": {"kind": "scale-bias"},
@@ -245,6 +246,7 @@ def manifest_fields() -> dict[str, Any]:
         },
         "program": {
             "file": "program.pte",
+            "packed": None,
             "runtime": {"at_least": "1.5.1", "below": "1.6"},
             "values_per_document": 0,
             "methods": {
@@ -284,6 +286,8 @@ def manifest_fields() -> dict[str, Any]:
             "scores_error": 0.0,
             "loss_error": 0.0,
             "embed_error": 0.0,
+            "trajectory_error": 0.0,
+            "trajectory_steps": 20,
             "shapes": [(3, 5)],
         },
         "licences": [],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -16,9 +16,15 @@ from carpool.bundle import Bundle
 from carpool.errors import ExportError, ParityError
 from carpool_export import parity, program
 from carpool_export.exporter import STAGES, export_bundle
+from carpool_export.gate_texts import GateTexts
 from carpool_export.lowering import decompositions
 from carpool_export.model import Packing, loading
-from carpool_export.parity import check_parity, gate_shapes, relative_error
+from carpool_export.parity import (
+    check_parity,
+    gate_shapes,
+    measure_trajectory,
+    relative_error,
+)
 from carpool_export.program import StepFunctions
 from carpool_export.runner import LoadedProgram
 from carpool_export.settings import ExportSettings
@@ -156,11 +162,72 @@ def test_gate_refuses_a_program_of_another_function(small: Case) -> None:
         check_parity(
             small.program,
             other,
+            texts=texts_of(small),
             shapes=[(1, 2)],
             embed_length=2,
             catalogues=[],
             vocabulary=30522,
         )
+
+
+def texts_of(case: Case) -> GateTexts:
+    return GateTexts(
+        tokenizer_path=case.bundle.tokenizer_path,
+        prompt="",
+        passages=[document.passage for document in case.bundle.documents()],
+    )
+
+
+class _Drifting(LoadedProgram):
+    """Adds a last bit to every gradient after the third."""
+
+    calls = 0
+
+    def call(self, method: str, values: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        found = super().call(method, values)
+        self.calls += method == "gradients"
+        if method == "gradients" and self.calls > 3:
+            found[1] = torch.nextafter(found[1], torch.tensor(1.0))
+        return found
+
+
+def test_gate_refuses_a_program_whose_calls_leave_something_behind(small: Case) -> None:
+    """One last bit, far below every limit."""
+    drifting = _Drifting(small.bundle.program_path, small.bundle.manifest.program.methods)
+    with pytest.raises(ParityError, match="expected the same bits from the same call, got others"):
+        check_parity(
+            drifting,
+            small.reference,
+            texts=texts_of(small),
+            shapes=[(1, 4)],
+            embed_length=4,
+            catalogues=[],
+            vocabulary=30522,
+        )
+
+
+def test_a_trajectory_ends_where_eager_does_and_not_elsewhere(small: Case) -> None:
+    """Twenty steps; a logit scale that is off by 0.1 % leads away."""
+    texts = texts_of(small)
+    batches = [texts.batch(batch=2, length=12, num_documents=598, seed=step) for step in range(20)]
+    right = measure_trajectory(small.program, small.reference, batches).trajectory
+    other = dataclasses.replace(small.reference, logit_scale=20.02)
+    wrong = measure_trajectory(small.program, other, batches).trajectory
+    assert 0 < right <= parity.TRAJECTORY_GATE < wrong
+
+
+def test_gate_rows_are_text_of_the_lengths_asked_for(small: Case) -> None:
+    """Whole rows of the tokenizer's own, special tokens in place; one row without weight."""
+    batch = texts_of(small).batch(batch=5, length=33, num_documents=7, seed=0)
+    lengths = batch.attention_mask.sum(1).tolist()
+    assert lengths[0] == 33
+    assert len(set(lengths)) > 1
+    assert min(lengths) >= 2
+    for row, length in zip(batch.input_ids.tolist(), lengths, strict=True):
+        assert (row[0], row[length - 1]) == (101, 102)  # [CLS] and [SEP] of MiniLM's vocabulary
+    assert batch.example_weights[-1] == 0
+    assert float(batch.example_weights.sum()) == pytest.approx(1)
+    assert 0 <= int(batch.labels.min()) <= int(batch.labels.max()) < 7
 
 
 def test_operator_that_cannot_be_lowered_is_an_export_error(

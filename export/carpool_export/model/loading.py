@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 from carpool.errors import ExportError
 from carpool_export.model.encoder import Encoder, Readout
 from carpool_export.model.packing import Packing
+from carpool_export.model.weights import Weights, round_to_int8
 
 EAGER_ATTENTION = "eager"
 """The library's own, to compare with."""
@@ -23,12 +24,13 @@ _PROBE_TOLERANCE = 1e-4
 """Of the largest state; float32 alone is four powers of ten below it."""
 
 
-def load_model(folder: Path, *, attention: str) -> PreTrainedModel:
+def load_model(folder: Path, *, attention: str, weights: Weights = "float32") -> PreTrainedModel:
     """The folder's model in float32, frozen, in evaluation mode.
 
     Args:
         folder: a Hugging Face model folder; nothing is fetched.
         attention: ``PACKED_ATTENTION`` for tracing, the library's own for comparison.
+        weights: int8 for weights that are rounded to it, in float32 none the less.
 
     Raises:
         ExportError: the weights cannot be read, or some of the model's are not among them.
@@ -52,6 +54,8 @@ def load_model(folder: Path, *, attention: str) -> PreTrainedModel:
             f"{folder}: {len(missing)} of the model's weights are not in model.safetensors, "
             f"among them {missing[0]}; expected all of them."
         )
+    if weights == "int8":
+        round_to_int8(model)
     model.train(mode=False)
     model.requires_grad_(requires_grad=False)
     return model
