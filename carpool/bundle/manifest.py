@@ -340,7 +340,9 @@ class Parity(Model):
 
     Errors are shares of the largest eager value; the loss's of 1, where eager is less; the
     trajectory's, of theta after ``trajectory_steps`` training steps from zero, of the longest way
-    that one of its values went. ``shapes`` are (batch, length) pairs.
+    that one of its values went. ``eager_float32_error`` is the largest gradient error of eager
+    PyTorch in float32 over the shapes at which the program's was above the gate, and null where
+    it never was. ``shapes`` are (batch, length) pairs.
     """
 
     gate: PositiveFloat
@@ -350,6 +352,7 @@ class Parity(Model):
     embed_error: Annotated[float, Field(ge=0)]
     trajectory_error: Annotated[float, Field(ge=0)]
     trajectory_steps: PositiveInt
+    eager_float32_error: PositiveFloat | None
     shapes: tuple[tuple[PositiveInt, PositiveInt], ...]
 
 

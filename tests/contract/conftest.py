@@ -138,6 +138,7 @@ def manifest_fields() -> dict[str, Any]:
             embed_error=0.0,
             trajectory_error=0.0,
             trajectory_steps=20,
+            eager_float32_error=None,
             shapes=((1, 2),),
         ),
         "licences": (Licence(applies_to="documents", licence="CC0-1.0", notice="für alle"),),

@@ -14,11 +14,11 @@ from sentence_transformers import SentenceTransformer
 from carpool.theta import write_theta
 from carpool_device.runtime import DeviceProgram
 from carpool_export.exporter import export_bundle
-from carpool_export.merge import merge
 from carpool_export.parity import random_theta, relative_error
 from carpool_export.runner import LoadedProgram
 from carpool_export.settings import ExportSettings
 from carpool_export.trainables import Kinds
+from carpool_export.ways_out.merge import merge
 
 
 @pytest.fixture

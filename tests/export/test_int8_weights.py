@@ -23,7 +23,6 @@ from carpool.theta import write_theta
 from carpool_device.runtime import DeviceProgram
 from carpool_device.selftest import replay_golden_step
 from carpool_export.exporter import export_bundle
-from carpool_export.merge import merge
 from carpool_export.model import EAGER_ATTENTION, load_model
 from carpool_export.model.weights import pack_program, round_to_int8
 from carpool_export.parity import random_theta, relative_error
@@ -31,6 +30,7 @@ from carpool_export.reference import Reference
 from carpool_export.runner import LoadedProgram
 from carpool_export.settings import ExportSettings
 from carpool_export.source import open_source
+from carpool_export.ways_out.merge import merge
 
 
 def bert() -> BertModel:

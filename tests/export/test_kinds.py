@@ -18,7 +18,6 @@ from carpool_export.corpus import principal_directions
 from carpool_export.exporter import export_bundle
 from carpool_export.lowering import private
 from carpool_export.lowering.decompositions import DECOMPOSITIONS
-from carpool_export.merge import merge
 from carpool_export.methods import Bounds, describe_methods, methods_to_lower
 from carpool_export.model import (
     EAGER_ATTENTION,
@@ -33,6 +32,7 @@ from carpool_export.reference import Reference, clipped_sum
 from carpool_export.runner import LoadedProgram
 from carpool_export.settings import ExportSettings
 from carpool_export.trainables import AdapterKind, HeadKind, Kinds, build_trainables
+from carpool_export.ways_out.merge import merge
 
 WIDTH, DOCUMENTS, VOCABULARY = 24, 9, 17
 

@@ -13,8 +13,8 @@ from sentence_transformers import SentenceTransformer
 from carpool.bundle import Bundle
 from carpool.errors import BundleError, ExportError
 from carpool.theta import write_theta, zero_theta
-from carpool_export.merge import merge
 from carpool_export.parity import random_theta, relative_error
+from carpool_export.ways_out.merge import merge
 
 
 @pytest.mark.parametrize(

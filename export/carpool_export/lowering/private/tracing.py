@@ -24,8 +24,12 @@ def trace(
     ``_allow_non_fake_inputs`` lets the frozen weights in as they are.
     """
     table: dict[Any, Callable[..., Any]] = dict(core_aten_decompositions()) | dict(decompositions)
+
+    def plain(*inputs: Tensor) -> Any:  # noqa: ANN401  the function's
+        return function(*inputs)  # make_fx would count a method's self as an input
+
     graph_module: GraphModule = make_fx(
-        function,
+        plain,
         decomposition_table=table,
         tracing_mode="symbolic",
         _allow_non_fake_inputs=True,

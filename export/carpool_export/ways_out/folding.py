@@ -1,4 +1,4 @@
-"""A trained theta becomes a plain sentence-transformers model and one vector per document.
+"""A trained theta folded into what a model and a catalogue already have.
 
 What folds into what, with E the embedding table, d a document, z a query's embedding, U the
 basis, and all sums in float64 before they are rounded to float32:
@@ -16,61 +16,28 @@ So every part folds, and the dot product of query and document vector is the pro
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
 from transformers import PreTrainedModel
 
-from carpool.bundle import Bundle, Manifest, staging_folder
+from carpool.bundle import Bundle, Manifest
 from carpool.errors import ExportError
-from carpool.files import sync_directory
-from carpool_export.merged_chain import write_chain
-from carpool_export.model import EAGER_ATTENTION, load_model
 from carpool_export.source import ModelSource, find_model, is_chain, open_source
-
-VECTORS_NAME = "documents.safetensors"
 
 Floats = NDArray[np.float32]
 
 
-def merge(
-    bundle_path: Path,
-    theta_path: Path,
-    destination: Path,
-    *,
-    model: str,
-    revision: str | None = None,
-) -> None:
-    """Writes the trained model as a sentence-transformers folder.
-
-    Beside the model's own files there are ``documents.safetensors`` (``vectors``, float32, a row
-    per document), ``documents.jsonl`` in the same order, and the bundle's licences. The model's
-    similarity is the dot product; it cuts queries where the bundle's devices cut them. New
-    documents are embedded with the untrained model, as the exporter does.
-
-    Guarantees: ``destination`` appears whole or not at all.
-
-    Args:
-        bundle_path: the bundle that theta was trained for.
-        theta_path: a theta of it; the one inside it gives the untrained model.
-        destination: where the folder shall be; nothing may be there yet.
-        model: the folder, package or hub id that the bundle was exported from.
-        revision: of a hub id.
+def exported_source(bundle: Bundle, *, model: str, revision: str | None) -> ModelSource:
+    """The model that a bundle was exported from.
 
     Raises:
-        BundleError: the bundle is damaged, or something is at ``destination``.
-        ThetaError: theta belongs to another bundle.
-        ExportError: ``model`` is not what the bundle was exported from.
+        ExportError: ``model`` is another one, or cannot be read.
     """
-    bundle = Bundle.open(bundle_path)
     manifest = bundle.manifest
-    theta = bundle.read_theta(theta_path)
     # a folder that does not say how it pools was told at export
     pooling = None if is_chain(find_model(model, revision=revision)) else manifest.model.pooling
     source = open_source(model, revision=revision, pooling=pooling)
@@ -81,18 +48,7 @@ def merge(
             f"({manifest.model.name}, weights {manifest.model.weights_sha256[:12]}), got "
             f"{source.name}, weights {found[:12]}. Pass the right one with --model."
         )
-    offsets = manifest.layout.parameters(theta)
-    vectors = document_vectors(manifest, bundle.corpus(), offsets)
-    with staging_folder(destination) as staging:
-        eager = load_model(source.folder, attention=EAGER_ATTENTION, weights=manifest.model.weights)
-        _write_soft_model(staging, source, eager, bundle.corpus(), offsets)
-        write_chain(staging, source, manifest)
-        save_file({"vectors": vectors}, staging / VECTORS_NAME)
-        shutil.copyfile(bundle.path / manifest.documents.file, staging / "documents.jsonl")
-        (staging / "README.md").write_text(_card(manifest, bundle.id), encoding="utf-8")
-        staging.chmod(0o755)
-        staging.rename(destination)
-        sync_directory(destination.parent)
+    return source
 
 
 def document_vectors(
@@ -134,38 +90,12 @@ def soft_table(
     return np.ascontiguousarray(rows, dtype=np.float32)
 
 
-def _write_soft_model(
-    folder: Path,
-    source: ModelSource,
-    model: PreTrainedModel,
-    corpus: Mapping[str, Floats],
-    offsets: Mapping[str, Floats],
+def fold_adapter(
+    model: PreTrainedModel, corpus: Mapping[str, Floats], offsets: Mapping[str, Floats]
 ) -> None:
-    """The library's own files of the model, with the adapter in its embedding table."""
+    """Puts the adapter into the model's embedding table, in place."""
     table: Any = model.get_input_embeddings()  # typed as any module
     # Gemma multiplies its rows before anything sees them.
     scale = float(getattr(table, "embed_scale", 1.0))
     rows = soft_table(scale * table.weight.double().numpy(), corpus, offsets)
     table.weight.copy_(torch.from_numpy(rows / np.float32(scale)))
-    model.save_pretrained(folder)
-    for path in sorted(source.folder.iterdir()):
-        copied = path.suffix in {".json", ".txt"} and path.name not in _NOT_COPIED
-        if path.is_file() and copied and not (folder / path.name).exists():
-            shutil.copyfile(path, folder / path.name)
-
-
-_NOT_COPIED = {"data_config.json", "model.safetensors.index.json"}
-
-
-def _card(manifest: Manifest, bundle_id: str) -> str:
-    licence = manifest.licences[0].licence
-    notices = "\n\n".join(
-        f"## {entry.applies_to}: {entry.licence}\n\n{entry.notice}" for entry in manifest.licences
-    )
-    return (
-        f"---\nlicense: {licence}\nlibrary_name: sentence-transformers\n---\n\n"
-        f"# {manifest.model.name}, trained with carpool\n\n"
-        f"Merged from bundle `{bundle_id}`. The dot product of a query's embedding and a row of "
-        f"`vectors` in `{VECTORS_NAME}` is the score of that row's document in `documents.jsonl`."
-        f"\n\n{notices}\n"
-    )
