@@ -11,9 +11,9 @@ from typing import Annotated
 
 import typer
 
+from bench.programs.names import PEERS, Shape, parse_peers
 from bench.programs.plot import plot as draw
 from bench.programs.results import Results
-from bench.programs.subject import Shape
 from bench.programs.tables import markdown, replace_generated, shape_table, summary_lines
 from carpool.console import result_console
 from carpool.errors import CarpoolError, ConfigError
@@ -52,7 +52,7 @@ def run(
             help="Which sides. stock takes seconds a call and minutes to lower; compile a minute "
             "or so for each shape."
         ),
-    ] = "carpool,eager,compile,opacus,stock",
+    ] = ",".join(PEERS),
     shortest: Annotated[
         float, typer.Option(min=0, max=1, help="Shortest row, as a share of the length.")
     ] = 0.5,
@@ -74,13 +74,15 @@ def run(
     The sides take turns of a few calls in one process, with a pause before each turn; medians
     are shown. Rows have different lengths, as text has: all but the program compute the padding.
     """
+    chosen = parse_peers(peers)
+    wished = [Shape.parse(text) for text in shapes.split(",")]
     # Imported here: torch and ExecuTorch take seconds, and --help must not.
     from bench.programs.measure import Settings, measure  # noqa: PLC0415
     from bench.programs.subject import Subject  # noqa: PLC0415
 
     warnings.simplefilter("ignore")  # every side's libraries announce things about themselves
     settings = Settings(
-        peers=tuple(peers.split(",")),
+        peers=chosen,
         shortest=shortest,
         threads=threads,
         repeats=repeats,
@@ -89,7 +91,7 @@ def run(
     results = measure(
         Subject.open(bundle, model=model),
         None if head_only is None else Subject.open(head_only, model=model),
-        [Shape.parse(text) for text in shapes.split(",")],
+        wished,
         settings,
         announce=lambda text: typer.echo(text, err=True),
     )

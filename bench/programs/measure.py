@@ -13,23 +13,16 @@ from typing import Any, Literal, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
+from bench.programs.names import PEERS, Shape
 from bench.programs.peers import Peer, Ready, carpool, eager, opacus_step, stock
 from bench.programs.results import Machine, Results, ShapeResults, Timing
-from bench.programs.subject import Shape, Step, Subject
+from bench.programs.subject import Step, Subject
 from bench.programs.timing import CLOCKS, Runner, take_turns
 from carpool.errors import ConfigError
-from carpool.schema import nearest
 from carpool_device.runtime import use_threads
 from carpool_export.model import EAGER_ATTENTION
 from carpool_export.parity import relative_error
 from carpool_export.runner import LoadedProgram
-
-AGREES = 1e-5
-"""Largest difference of a side's gradient, of the largest value, and of its loss. A few times
-what float32 costs; a step that differs in anything is off by powers of ten more."""
-
-PEERS = ("carpool", "eager", "compile", "opacus", "stock")
-"""Names for ``--peers``."""
 
 
 class Settings(NamedTuple):
@@ -68,11 +61,8 @@ def measure(
         announce: is told what is being done.
 
     Raises:
-        ConfigError: an unknown side, a shape out of bounds, or a head-only bundle that is none.
+        ConfigError: a shape out of bounds, or a head-only bundle that is none.
     """
-    for peer in settings.peers:
-        if peer not in PEERS:
-            raise ConfigError(f"--peers: unknown {peer!r}{nearest(peer, PEERS)}")
     for shape in shapes:
         for bundle in filter(None, (subject, head_only)):
             bundle.check(shape)
@@ -215,7 +205,7 @@ def _prepare(peer: Peer, step: Step) -> _Measured:
             "loss_difference": loss_difference,
         }
     )
-    if not max(gradient_difference, loss_difference) <= AGREES:
+    if not max(gradient_difference, loss_difference) <= peer.agrees:
         reason = f"another step: its gradient differs by {gradient_difference:.0e}"
         reason += f", its loss by {loss_difference:.0e}"
         return _Measured(timing.model_copy(update={"not_run": reason}), None, peer.slow)

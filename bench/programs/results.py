@@ -10,7 +10,7 @@ from typing import Literal, Self
 
 from pydantic import ValidationError
 
-from bench.programs.subject import Shape
+from bench.programs.names import Shape
 from carpool.errors import ConfigError
 from carpool.machine import processor
 from carpool.schema import Model, describe

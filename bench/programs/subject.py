@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from bench.programs.names import L2_CLIP_NORM, Shape
 from carpool.bundle import Bundle
 from carpool.bundle.manifest import Dimension
 from carpool.errors import ConfigError
@@ -19,34 +19,7 @@ from carpool_export.parity import random_batch, random_theta
 from carpool_export.reference import Batch, Reference, clipped_sum
 from carpool_export.source import ModelSource, find_model, is_chain, open_source
 
-L2_CLIP_NORM = 1.0
-"""Of the clipped sides, over the whole of theta in its own units."""
-
 _Kind = TypeVar("_Kind", bound=Reference)
-
-
-@dataclasses.dataclass(frozen=True, order=True)
-class Shape:
-    """Rows and the longest row's tokens."""
-
-    batch: int
-    length: int
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """From ``8x32``.
-
-        Raises:
-            ConfigError: anything else.
-        """
-        found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text.strip())
-        if found is None:
-            raise ConfigError(f"--shapes: expected BATCHxLENGTH such as 8x32, got {text!r}.")
-        return cls(int(found[1]), int(found[2]))
-
-    def __str__(self) -> str:
-        """As ``parse`` reads it."""
-        return f"{self.batch}x{self.length}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,10 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from rich.table import Table
 
-from bench.programs.peers.carpool import CARPOOL, HEAD_ONLY, PLAIN
-from bench.programs.peers.eager import EAGER
+from bench.programs.names import CARPOOL, EAGER, HEAD_ONLY, L2_CLIP_NORM, PLAIN
 from bench.programs.results import Results, ShapeResults, Timing, not_run
-from bench.programs.subject import L2_CLIP_NORM
 from carpool.errors import ConfigError
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"

@@ -6,14 +6,11 @@ from collections.abc import Iterator
 
 import torch
 
+from bench.programs.names import CARPOOL, HEAD_ONLY, L2_CLIP_NORM, PLAIN
 from bench.programs.peers.peer import Peer, Ready
-from bench.programs.subject import L2_CLIP_NORM, Step, Subject
+from bench.programs.subject import Step, Subject
 from carpool.recipe import PLAIN_GRADIENT_CLIP
 from carpool_export.runner import LoadedProgram
-
-CARPOOL = "carpool"
-PLAIN = "carpool, not clipped"
-HEAD_ONLY = "carpool, head only"
 
 
 def load(subject: Subject) -> LoadedProgram:

@@ -8,13 +8,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from bench.programs.names import COMPILED, EAGER
 from bench.programs.peers.peer import Peer, Ready
 from bench.programs.subject import Step, Subject
 from carpool_export.model import Readout
 from carpool_export.reference import Batch, Reference, after_pooling
-
-EAGER = "eager"
-COMPILED = "torch.compile"
 
 ATTENTIONS = ("eager", "sdpa")
 """The library's own; the faster one counts."""

@@ -21,12 +21,10 @@ from torch.export.experimental import _export_forward_backward
 from torch.export.graph_signature import OutputKind
 from transformers import PreTrainedModel
 
+from bench.programs.names import PORTABLE, XNNPACK
 from bench.programs.peers.modules import StepModule
 from bench.programs.peers.peer import Peer, Ready
 from bench.programs.subject import Step, Subject
-
-PORTABLE = "stock ExecuTorch, portable"
-XNNPACK = "stock ExecuTorch, XNNPACK"
 
 
 def peers(
