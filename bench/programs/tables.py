@@ -63,7 +63,7 @@ def how_measured(results: Results) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
     return (
         f"{machine.processor}, {machine.cores} cores, load {machine.load:.2f} before; "
-        f"{results.threads} threads (PyTorch: 1 and {results.threads}), {results.clock} time, "
+        f"{results.threads} threads (PyTorch: also 1), {results.clock} time, "
         f"medians of {results.repeats} turns in one process; rows of {results.shortest:.0%} to "
         f"100% of the length; clip {L2_CLIP_NORM:g}. {versions}."
     )
