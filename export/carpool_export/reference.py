@@ -119,6 +119,11 @@ class Reference:
         logits = self.logit_scale * _cosines(query, parameter, self._corpus())
         return logits + parameter["head.bias"] if "head.bias" in parameter else logits
 
+    def loss(self, theta: Tensor, batch: Batch) -> Tensor:
+        """The weighted sum of the rows' losses, a scalar; differentiable in theta."""
+        losses = functional.cross_entropy(self.scores(theta, batch), batch.labels, reduction="none")
+        return (losses * batch.example_weights).sum()
+
     def _embed(self, parameter: dict[str, Tensor], batch: Batch) -> Tensor:
         """Each row alone and without its padding, of which some models make NaN."""
         rows = [
@@ -150,10 +155,7 @@ class Reference:
     def plain_gradients(self, theta: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """The weighted loss, shape ``(1,)``, and its gradient: one backward pass, no clipping."""
         variable = theta.to(self.model.dtype, copy=True).requires_grad_()
-        losses = functional.cross_entropy(
-            self.scores(variable, batch), batch.labels, reduction="none"
-        )
-        loss = (losses * batch.example_weights).sum()
+        loss = self.loss(variable, batch)
         (gradient,) = torch.autograd.grad(loss, variable)
         return loss.detach().reshape(1), gradient
 
@@ -173,10 +175,16 @@ class Reference:
 
 def read_out(states: Tensor, readout: Readout) -> Tensor:
     """A row's embedding, shape ``(D,)``, from the states of its tokens, ``(T, D)``."""
-    pooled = {"mean": states.mean(0), "cls": states[0], "last": states[-1]}[readout.pooling]
+    return after_pooling(
+        {"mean": states.mean(0), "cls": states[0], "last": states[-1]}[readout.pooling], readout
+    )
+
+
+def after_pooling(pooled: Tensor, readout: Readout) -> Tensor:
+    """Embeddings, shape ``(..., D)``, from pooled states: dense layers, then the length."""
     for dense in readout.dense:
-        bias = None if dense.bias is None else dense.bias.to(states.dtype)
-        pooled = functional.linear(pooled, dense.weight.to(states.dtype), bias)
+        bias = None if dense.bias is None else dense.bias.to(pooled.dtype)
+        pooled = functional.linear(pooled, dense.weight.to(pooled.dtype), bias)
         pooled = torch.tanh(pooled) if dense.tanh else pooled
     return functional.normalize(pooled, dim=-1) if readout.normalize else pooled
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from carpool.bundle import Bundle
 from carpool.data.corpus import Example
 from carpool.data.dataset import Dataset, SplitName
 from carpool.data.folder import SUMMARY_NAME, Summary
+from carpool.machine import processor
 from carpool.progress import progress
 from carpool.randomness import shuffled, words
 from carpool_device.evaluation import (
@@ -105,7 +105,7 @@ def measure(
             for metric in METRICS
         ),
         trainings=trainings,
-        processor=_processor(),
+        processor=processor(),
         cores=os.cpu_count() or 1,
     )
 
@@ -178,13 +178,3 @@ def _point(
 
 def _released(bundle: Bundle, folder: Path, round_number: int) -> NDArray[np.float32]:
     return bundle.read_theta(folder / release_name(round_number))
-
-
-def _processor() -> str:
-    """The processor's name, as Linux gives it, or the architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
