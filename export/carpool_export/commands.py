@@ -1,4 +1,4 @@
-"""``carpool export`` and ``carpool merge``."""
+"""``carpool export``, ``carpool merge`` and ``carpool doctor``."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from carpool.console import result_console
 from carpool.data.corpus import read_notice
 from carpool.errors import ExportError
-from carpool.progress import stages
+from carpool.progress import progress, stages
 
 if TYPE_CHECKING:
     from carpool_export.trainables import Kinds
@@ -21,6 +22,7 @@ def register(app: typer.Typer) -> None:
     """Adds the exporter's commands to the root command."""
     app.command("export")(export)
     app.command("merge")(merge)
+    app.command("doctor")(doctor)
 
 
 def export(
@@ -161,6 +163,62 @@ def merge(
 
     merging.merge(bundle, theta, out, model=model)
     typer.echo(f"{out}: sentence-transformers model, {merging.VECTORS_NAME}, documents.jsonl")
+
+
+def doctor(
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="A bundle's folder, or any ExecuTorch .pte.")
+    ],
+    *,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print the report as JSON, and nothing else.")
+    ] = False,
+    batch: Annotated[
+        int | None, typer.Option(help="Rows of the measured call; by default the golden step's.")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens of every row; by default the golden step's.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Calls that are measured.")] = 20,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Of the runtime; by default one per core.")
+    ] = None,
+    etdump: Annotated[
+        Path | None, typer.Option(help="A folder to keep each method's ETDump in: METHOD.etdp.")
+    ] = None,
+    etrecord: Annotated[
+        Path | None,
+        typer.Option(help="What `carpool export --etrecord` wrote: names the kernels' sources."),
+    ] = None,
+) -> None:
+    """Say what a program is, what its parts cost, what is wrong with it and what to do.
+
+    Every method is run in a process of its own. Exits with 1 if a finding is a problem.
+    """
+    _quieten()
+    with progress("doctor", total=None) as bar:
+        bar.advance(0, note="loading the compiler")
+        from carpool_export.doctor import render  # noqa: PLC0415  as above
+        from carpool_export.doctor.examine import Settings, examine  # noqa: PLC0415
+
+        report = examine(
+            path,
+            Settings(
+                batch=batch,
+                length=length,
+                repeats=repeats,
+                threads=threads,
+                etdump=etdump,
+                etrecord=etrecord,
+            ),
+            announce=lambda stage: bar.advance(note=stage),
+        )
+    if json:
+        typer.echo(report.model_dump_json(indent=2))
+    else:
+        render.show(report, result_console())
+    if not report.healthy:
+        raise typer.Exit(1)
 
 
 def _quieten() -> None:
