@@ -95,6 +95,10 @@ def export(
             "Default: NOTICE beside the documents file, if there."
         ),
     ] = None,
+    etrecord: Annotated[
+        Path | None,
+        typer.Option(help="Also write ExecuTorch's record of the lowering here, for the doctor."),
+    ] = None,
 ) -> None:
     """Turn a model and a documents file into a bundle that devices can train.
 
@@ -131,6 +135,7 @@ def export(
         scales=dict(_parse_scale(text) for text in scale or []),
         licence=model_licence,
         notices=tuple(read_notice(path) for path in notice or []),
+        etrecord=etrecord,
     )
     with stages(f"export {preset_name(kinds)}", total=len(STAGES)) as announce:
         bundle = export_bundle(model, documents, out, settings, announce=announce)
@@ -188,7 +193,7 @@ def doctor(
     ] = None,
     etrecord: Annotated[
         Path | None,
-        typer.Option(help="What `carpool export --etrecord` wrote: names the kernels' sources."),
+        typer.Option(help="From `carpool export --etrecord`: what each delegate is made from."),
     ] = None,
 ) -> None:
     """Say what a program is, what its parts cost, what is wrong with it and what to do.

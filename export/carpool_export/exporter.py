@@ -104,7 +104,8 @@ def export_bundle(
         bounds = _bounds(settings)
         methods = describe_methods(functions, bounds)
         path = staging / "program.pte"
-        path.write_bytes(lower(methods_to_lower(functions, methods), progress=announce))
+        to_lower = methods_to_lower(functions, methods)
+        path.write_bytes(lower(to_lower, progress=announce, etrecord=settings.etrecord))
         program = LoadedProgram(path, methods)
         announce(STAGES[5])
         corpus = _corpus(program, functions, source, documents, settings=settings)
@@ -195,6 +196,10 @@ def _check_settings(settings: ExportSettings, source: ModelSource, *, num_docume
         raise ExportError(
             f"--max-documents: expected at least {num_documents}, the documents there are, got "
             f"{settings.max_documents}."
+        )
+    if settings.etrecord is not None and not settings.etrecord.parent.is_dir():
+        raise ExportError(
+            f"--etrecord: expected a file in a folder that is there, got {settings.etrecord}."
         )
     if not 0 < settings.logit_scale < float("inf"):
         raise ExportError(f"--logit-scale: expected a positive number, got {settings.logit_scale}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 
 from carpool_export.model import Pooling
 from carpool_export.trainables import PRESETS, Kinds
@@ -27,6 +28,7 @@ class ExportSettings:
         scales: by segment of theta, instead of the preset's.
         licence: of the model, instead of what its model card states.
         notices: texts that must go with the documents; ``NOTICE`` beside their file if empty.
+        etrecord: where ExecuTorch's record of the lowering goes; none is kept if None.
     """
 
     kinds: Kinds = PRESETS["small"]
@@ -42,3 +44,4 @@ class ExportSettings:
     scales: Mapping[str, float] = dataclasses.field(default_factory=dict)
     licence: str | None = None
     notices: tuple[str, ...] = ()
+    etrecord: Path | None = None

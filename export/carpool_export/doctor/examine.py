@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from carpool_export.doctor.report import (
     SegmentFacts,
     TensorFacts,
 )
-from carpool_export.lowering.private.pte import read_pte
+from carpool_export.lowering.private.pte import read_etrecord, read_pte
 from carpool_export.parity import relative_error
 
 
@@ -71,6 +72,7 @@ def examine(path: Path, settings: Settings, *, announce: Callable[[str], None]) 
     announce("reading the program")
     file = read_pte(program)
     methods = methods_of(file)
+    records = {method.name: _etrecord(settings.etrecord, method.name) for method in methods}
     if settings.etdump is not None:
         make_folder(settings.etdump)
     golden: Arrays = {} if bundle is None else bundle.golden()[0]
@@ -89,7 +91,7 @@ def examine(path: Path, settings: Settings, *, announce: Callable[[str], None]) 
             repeats=settings.repeats,
             threads=settings.threads,
             etdump=settings.etdump,
-            etrecord=settings.etrecord,
+            etrecord=records[method.name],
         )
     announce("the processor's peak")
     taken = _with_rooflines(methods, calls, taken)
@@ -119,6 +121,10 @@ def _open(path: Path, settings: Settings) -> Bundle | None:
             "its largest sizes. Leave them out, or give the bundle's folder."
         )
     return None
+
+
+def _etrecord(path: Path | None, method: str) -> Any:  # noqa: ANN401  executorch has no types
+    return None if path is None else read_etrecord(path, method)
 
 
 def _calls(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import chain
 
 from carpool_export.doctor import android
-from carpool_export.doctor.render import megabytes
+from carpool_export.doctor.render import duration, size
 from carpool_export.doctor.report import (
     BundleReport,
     Finding,
@@ -66,14 +66,15 @@ def _operators(method: MethodReport) -> Iterator[Finding]:
     if method.measured is None:
         return
     portable = [kernel for kernel in method.measured.kernels if kernel.backend is None]
+    call = duration(method.measured.etdump_milliseconds)
     for kernel in portable:
         if kernel.share > SLOW_SHARE:
             yield Finding(
                 severity="warning",
                 what=f"{kernel.name} takes {kernel.share:.0%} of {method.name} "
-                f"({kernel.milliseconds:.3g} of {method.measured.etdump_milliseconds:.3g} ms, "
-                f"{kernel.calls} calls), outside of any delegate.",
-                why="Such kernels are written for every processor and use one thread.",
+                f"({duration(kernel.milliseconds)} of {call}, calls: {kernel.calls}), outside of "
+                "any delegate.",
+                why="Such kernels are written for every processor, and most use one thread.",
                 do=_instead(kernel.name),
             )
     if all(kernel.share <= SLOW_SHARE for kernel in portable):
@@ -132,14 +133,14 @@ def _arena(method: MethodReport) -> Iterator[Finding]:
         yield Finding(
             severity="warning",
             what=f"The arena of {method.name} is {ratio:.1f} times what is in use at once.",
-            why=f"{megabytes(arena.bytes)} are taken when the method is loaded.",
+            why=f"{size(arena.bytes)} are taken when the method is loaded.",
             do="Try another memory planning algorithm of ExecuTorch.",
         )
     elif arena.bytes > LARGE_ARENA_BYTES:
         yield Finding(
             severity="note",
-            what=f"The arena of {method.name} is {megabytes(arena.bytes)}, planned for the bounds; its "
-            f"largest value is {largest.dtype} {shape}, {megabytes(largest.bytes)}.",
+            what=f"The arena of {method.name} is {size(arena.bytes)}, planned for the bounds; its "
+            f"largest value is {largest.dtype} {shape}, {size(largest.bytes)}.",
             why="A phone reserves all of it, and its pages stay once a large call has used them.",
             do="Export with lower bounds (--max-batch, --max-length, --max-documents) if calls "
             "never come near these.",
@@ -216,4 +217,3 @@ def _licences(bundle: BundleReport) -> Iterator[Finding]:
             why="Whoever ships the bundle must know whose terms it stands under.",
             do="Export again with --model-licence, and --notice for the documents.",
         )
-

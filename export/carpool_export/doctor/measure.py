@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -21,8 +22,8 @@ from carpool_export.doctor.profile import read_etdump
 from carpool_export.doctor.program import StaticMethod
 from carpool_export.doctor.report import KernelTime, Measured, Roofline
 
-_PEAK_SIZE = 1536
-_PEAK_CALLS = 10
+_PEAK_TRIES = ((512, 200), (1024, 60))
+"""(size, calls): small ones are done before a busy machine interrupts them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ def take(
     repeats: int,
     threads: int | None,
     etdump: Path | None,
-    etrecord: Path | None,
+    etrecord: Any,  # noqa: ANN401  executorch has no type information
 ) -> Taken:
     """Measures a method.
 
@@ -75,7 +76,7 @@ def take(
         repeats: calls that count.
         threads: of the runtime; one per core if None.
         etdump: a folder that keeps the ETDump, or None.
-        etrecord: of the same program.
+        etrecord: of this method, as ``read_etrecord`` gives it, or None.
 
     Raises:
         BundleError: the ETRecord does not fit.
@@ -93,7 +94,7 @@ def take(
             etdump=(etdump or folder).absolute() / f"{method.name}.etdp",
             answer=folder / "answer.json",
         )
-        done = subprocess.run(  # noqa: S603  this package
+        done = subprocess.run(
             [sys.executable, "-W", "ignore", "-m", "carpool_export.doctor.child"],
             input=order.model_dump_json(),
             capture_output=True,
@@ -103,7 +104,7 @@ def take(
         if done.returncode != 0 or not order.answer.exists():
             return Taken(failed=_reason(done))
         answer = Answer.model_validate_json(order.answer.read_text(encoding="utf-8"))
-        total, kernels = read_etdump(order.etdump, set(method.operators), etrecord=etrecord)
+        profile = read_etdump(order.etdump, method, etrecord=etrecord)
         golden = read_places(order.golden_outputs) if call.golden is not None else []
     return Taken(
         measured=Measured(
@@ -112,9 +113,10 @@ def take(
             repeats=repeats,
             milliseconds=1000 * answer.seconds,
             memory_bytes=answer.memory_bytes,
-            etdump_milliseconds=total,
-            kernels=tuple(kernels),
-            rest_share=1 - sum(kernel.share for kernel in kernels),
+            etdump_milliseconds=profile.milliseconds,
+            kernels=tuple(profile.kernels),
+            delegates=tuple(profile.delegates),
+            rest_share=1 - sum(kernel.share for kernel in profile.kernels),
             roofline=None,
         ),
         golden=golden,
@@ -126,15 +128,18 @@ def peak_gflops(threads: int) -> float:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        factor = torch.rand(_PEAK_SIZE, _PEAK_SIZE)
-        times = []
-        for _ in range(_PEAK_CALLS):
-            start = time.perf_counter()
-            torch.mm(factor, factor)
-            times.append(time.perf_counter() - start)
+        return max(_gflops(size, calls) for size, calls in _PEAK_TRIES)
     finally:
         torch.set_num_threads(before)
-    return 2 * _PEAK_SIZE**3 / min(times) / 1e9
+
+
+def _gflops(size: int, calls: int) -> float:
+    factor, result, times = torch.rand(size, size), torch.empty(size, size), []
+    for _ in range(calls):
+        start = time.perf_counter()
+        torch.mm(factor, factor, out=result)
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times) / 1e9
 
 
 def roofline(
@@ -163,7 +168,7 @@ def roofline(
         achieved_gflops=gigaflop / seconds,
         least_milliseconds=1000 * gigaflop / peak,
         share_of_peak=gigaflop / seconds / peak,
-        kernels_share_of_peak=None if kernels is None or uncounted else gigaflop / kernels / peak,
+        kernels_share_of_peak=None if not kernels or uncounted else gigaflop / kernels / peak,
     )
 
 

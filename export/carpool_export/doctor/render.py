@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -22,6 +22,7 @@ from carpool_export.doctor.report import (
 )
 
 _SHOWN_KERNELS = 8
+_SHOWN_DELEGATES = 5
 _SHOWN_SHARE = 0.005
 
 _STYLES: dict[Severity, str] = {
@@ -57,55 +58,77 @@ def _table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
         pad_edge=False,
     )
     for column in columns:
-        table.add_column(
-            column, justify="right" if column in right else "left", overflow="fold"
-        )
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
     return table
 
 
 def _bundle_line(bundle: BundleReport) -> str:
     return escape(
         f"bundle {bundle.id[:12]}: {bundle.model}, preset {bundle.preset}, "
-        f"{bundle.documents:,} documents, {bundle.bytes_per_round / 1e3:,.1f} kB per round and "
+        f"{bundle.documents:,} documents, {size(bundle.bytes_per_round)} per round and "
         "device (theta down, update up)"
     )
 
 
 def _file(report: Report) -> Table:
     frozen = sum(part.bytes for part in report.parts if part.frozen)
-    title = f"File: {megabytes(report.file_bytes)}, {frozen / report.file_bytes:.1%} weights"
-    table = _table(title, "part", "MB", "share", right=("MB", "share"))
+    title = f"File: {size(report.file_bytes)}, {frozen / report.file_bytes:.1%} weights"
+    table = _table(title, "part", "size", "share", right=("size", "share"))
     for part in report.parts:
         share = part.bytes / report.file_bytes
-        table.add_row(part.name, f"{part.bytes / 1e6:,.3f}", f"{share:.1%}")
+        table.add_row(part.name, size(part.bytes), f"{share:.1%}")
     return table
 
 
 def _method(method: MethodReport) -> RenderableType:
-    parts: list[RenderableType] = [Text(f"Method {method.name}", style="bold")]
-    parts += [Text(f"  {line}") for line in _facts(method)]
+    facts = Table.grid(padding=(0, 1))
+    facts.add_column(width=9)
+    facts.add_column(overflow="fold")
+    for name, value in _facts(method):
+        facts.add_row(name, Text(value))
+    parts: list[RenderableType] = [Text(f"Method {method.name}", style="bold"), facts]
     if method.failed is not None:
-        parts.append(Text(f"  does not run: {method.failed}", style="bold red"))
+        parts.append(Text(f"does not run: {method.failed}", style="bold red"))
     if method.measured is not None:
-        parts += [Text(f"  {line}") for line in _cost(method.measured)]
-        parts.append(Padding(_kernels(method.measured), (1, 0, 0, 2)))
+        parts += ["", _kernels(method.measured)]
+        if method.measured.delegates:
+            parts.append(_delegates(method.measured))
+    else:
+        parts.append("")
     return Group(*parts)
 
 
-def _facts(method: MethodReport) -> Iterator[str]:
-    yield "takes    " + ", ".join(map(_tensor, method.inputs))
-    yield "returns  " + ", ".join(map(_tensor, method.outputs))
+def _facts(method: MethodReport) -> Iterator[tuple[str, str]]:
+    yield "takes", ", ".join(map(_tensor, method.inputs))
+    yield "returns", ", ".join(map(_tensor, method.outputs))
     if method.bounds:
         bounds = (f"{name} {bound.min:,} to {bound.max:,}" for name, bound in method.bounds.items())
-        yield "bounds   " + ", ".join(bounds)
+        yield "bounds", ", ".join(bounds)
     delegates = [f"{d.calls} x {d.backend}" for d in method.delegates] or ["none"]
     operators = sum(o.calls for o in method.operators if not o.name.startswith("executorch_prim"))
-    yield f"calls    delegates {', '.join(delegates)}; {operators} operators outside of them"
+    yield "calls", f"delegates: {', '.join(delegates)}; {operators} operators outside of them"
     arena = method.arena
-    yield (
-        f"arena    {megabytes(arena.bytes)}, at most {megabytes(arena.most_in_use_bytes)} in use "
-        "at once"
-    )
+    yield "arena", f"{size(arena.bytes)}, at most {size(arena.most_in_use_bytes)} in use at once"
+    if method.measured is not None:
+        yield from _cost(method.measured)
+
+
+def _cost(measured: Measured) -> Iterator[tuple[str, str]]:
+    time = duration(measured.milliseconds)
+    yield "time", f"{time}, median of {measured.repeats} calls, {measured.threads} threads"
+    yield "memory", f"{size(measured.memory_bytes)} anonymous, by loading and a first call"
+    line = measured.roofline
+    if line is None:
+        return
+    which = "products by frozen weights" if line.counted == "frozen" else "products"
+    kernels = line.kernels_share_of_peak
+    least = f"at least {duration(line.least_milliseconds)} at {line.peak_gflops:,.0f} GFLOP/s"
+    yield "roofline", f"{line.products} {which}, {line.gigaflop:,.3g} GFLOP: {least}"
+    reached = f"{line.achieved_gflops:,.3g} GFLOP/s ({line.share_of_peak:.0%} of the peak)"
+    alone = "" if kernels is None else f", the products' kernels {kernels:.0%}"
+    yield "", f"the call reaches {reached}{alone}"
+    if line.uncounted:
+        yield "", f"{line.uncounted} products are not in it: their sizes are not known"
 
 
 def _tensor(tensor: TensorFacts) -> str:
@@ -115,33 +138,9 @@ def _tensor(tensor: TensorFacts) -> str:
     return f"{tensor.name or ''}[{'at most ' if dynamic else ''}{shape}{dtype}]"
 
 
-def _cost(measured: Measured) -> Iterator[str]:
-    yield (
-        f"time     {measured.milliseconds:,.2f} ms, median of {measured.repeats} calls, "
-        f"{measured.threads} threads"
-    )
-    yield f"memory   {megabytes(measured.memory_bytes)} anonymous, by loading and a first call"
-    line = measured.roofline
-    if line is None:
-        return
-    which = "products by frozen weights" if line.counted == "frozen" else "products"
-    kernels = line.kernels_share_of_peak
-    yield (
-        f"roofline {line.products} {which}, {line.gigaflop:,.3f} GFLOP: at least "
-        f"{line.least_milliseconds:,.2f} ms at {line.peak_gflops:,.0f} GFLOP/s;"
-    )
-    yield (
-        f"         the call reaches {line.achieved_gflops:,.0f} GFLOP/s "
-        f"({line.share_of_peak:.0%} of the peak)"
-        + ("" if kernels is None else f", its kernels alone {kernels:.0%}")
-    )
-    if line.uncounted:
-        yield f"         {line.uncounted} products are not in it: their sizes are not known"
-
-
 def _kernels(measured: Measured) -> Table:
     columns = ("share", "ms", "calls", "kernel", "where")
-    title = f"Time under ETDump: {measured.etdump_milliseconds:,.2f} ms"
+    title = f"Time under ETDump: {duration(measured.etdump_milliseconds)}"
     table = _table(title, *columns, right=("share", "ms", "calls"))
     shown = [k for k in measured.kernels if k.share >= _SHOWN_SHARE][:_SHOWN_KERNELS]
     for kernel in shown:
@@ -168,6 +167,20 @@ def _kernels(measured: Measured) -> Table:
         "in no kernel",
         "between them, and the recording itself",
     )
+    return table
+
+
+def _delegates(measured: Measured) -> Table:
+    table = _table("Slowest delegates", "share", "ms", "made from", right=("share", "ms"))
+    for delegate in measured.delegates[:_SHOWN_DELEGATES]:
+        counts = Counter(name.removeprefix("aten.") for name in delegate.operators)
+        made = ", ".join(f"{count} {name}" for name, count in counts.most_common(5))
+        more = len(counts) - 5
+        table.add_row(
+            f"{delegate.share:.1%}",
+            f"{delegate.milliseconds:.3f}",
+            Text(made + (f" and {more} others" if more > 0 else "")),
+        )
     return table
 
 
@@ -240,9 +253,19 @@ def _finding(finding: Finding) -> RenderableType:
     return line
 
 
-def megabytes(count: int) -> str:
-    """In units of 10^6 bytes."""
-    return f"{count / 1e6:,.1f} MB"
+def size(count: int) -> str:
+    """Bytes in a unit that a reader can take in; units of powers of 1,000."""
+    for unit, scale in (("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:,.1f} {unit}"
+    return f"{count} bytes"
+
+
+def duration(milliseconds: float) -> str:
+    """Milliseconds, or microseconds where these are less than a tenth."""
+    if milliseconds >= 0.1:  # noqa: PLR2004  as the docstring says
+        return f"{milliseconds:,.2f} ms"
+    return f"{1000 * milliseconds:,.1f} µs"
 
 
 def _cut(text: str, *, longest: int) -> str:

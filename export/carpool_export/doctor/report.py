@@ -91,13 +91,22 @@ class KernelTime(Model):
     Attributes:
         name: an operator's name, or the delegate's own name of its kernel.
         backend: None for a kernel outside of the delegates.
-        milliseconds: sum over the calls of each call's median.
-        share: of the call, as measured with ETDump.
+        calls: in one call of the method.
+        milliseconds: sum over these calls; a mean as ``profile`` says.
+        share: of the method's call, as measured with ETDump.
     """
 
     name: str
     backend: str | None
     calls: int
+    milliseconds: float
+    share: float
+
+
+class DelegateTime(Model):
+    """One delegate's part of a call, and the operators that it was made from, in order."""
+
+    operators: tuple[str, ...]
     milliseconds: float
     share: float
 
@@ -110,8 +119,8 @@ class Roofline(Model):
         products: how many were counted.
         uncounted: how many of these have sizes that could not be told.
         gigaflop: floating-point operations of one call, 2 M K N for each product, in 10^9.
-        peak_gflops: fastest of several large float32 products by torch, right then, with as many
-            threads.
+        peak_gflops: fastest of many float32 products of two square matrices by torch, right then,
+            with as many threads; on a busy machine less than the processor can.
         achieved_gflops: gigaflop by the call's median time.
         least_milliseconds: gigaflop by the peak.
         share_of_peak: achieved by peak.
@@ -139,8 +148,9 @@ class Measured(Model):
         repeats: calls that count, after those to warm up.
         milliseconds: median of a call.
         memory_bytes: anonymous memory that loading and the first call added; inputs are not in it.
-        etdump_milliseconds: median of a call while ETDump recorded, which takes time of its own.
+        etdump_milliseconds: of a call while ETDump recorded, which takes time of its own.
         kernels: by share, the largest first.
+        delegates: likewise; empty without an ETRecord, which knows what they were made from.
         rest_share: of the recorded time, what is in no kernel: entering delegates, moving
             sizes, and the recording.
         roofline: None where the method has no product that counts.
@@ -153,6 +163,7 @@ class Measured(Model):
     memory_bytes: int
     etdump_milliseconds: float
     kernels: tuple[KernelTime, ...]
+    delegates: tuple[DelegateTime, ...]
     rest_share: float
     roofline: Roofline | None
 

@@ -10,6 +10,7 @@ import json
 import mmap
 import re
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from executorch.backends.xnnpack.serialization.xnnpack_graph_serialize import (
     XNNHeader,
     _get_schema_bytes,
 )
+from executorch.devtools import parse_etrecord
 from executorch.exir._serialize._flatbuffer import _flatc_decompile
 from executorch.exir._serialize._flatbuffer_program import _flatbuffer_to_program
 from executorch.exir._serialize._program import _ExtendedHeader, _get_extended_header
@@ -146,3 +148,31 @@ def read_xnnpack_graph(payload: bytes) -> XnnpackGraph:
         frozen=frozen,
         constant_bytes=header.constant_data_size,
     )
+
+
+def read_etrecord(path: Path, method: str) -> Any:  # noqa: ANN401  executorch has no types
+    """One method's part of an ETRecord, under the one name that the Inspector looks for.
+
+    Raises:
+        BundleError: no ETRecord, or none of a program with this method.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # ExecuTorch uses what torch deprecates
+            record = parse_etrecord(str(path))
+    except Exception as error:
+        raise BundleError(
+            f"{path}: expected an ETRecord, got: {type(error).__name__}: {error}. "
+            "Write one with `carpool export --etrecord`."
+        ) from error
+    for name in ("_debug_handle_map", "_delegate_map", "_instruction_id_to_num_outs_map"):
+        by_method = getattr(record, name) or {}
+        if method not in by_method:
+            raise BundleError(
+                f"{path}: expected an ETRecord with the method {method!r}, got one with "
+                f"{sorted(by_method)}. Use the ETRecord of the same export."
+            )
+        setattr(record, name, {"forward": by_method[method]})
+    if isinstance(record.edge_dialect_program, dict):
+        record.edge_dialect_program = record.edge_dialect_program[method]
+    return record
