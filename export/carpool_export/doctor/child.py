@@ -7,18 +7,22 @@ Imports no compiler.
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
-from executorch.runtime import Runtime
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from carpool.measuring import anonymous_bytes, median_seconds
 from carpool.schema import Model
-from carpool_export.doctor.private import load_with_etdump, start_threads
+from carpool_export.doctor.private import PlainMethod, load_with_etdump, start_threads
 
 WARM_UP_CALLS = 2
 """Under ETDump; the first call of a method packs nothing more, but finds cold caches."""
+
+_PEAK_SIZES = (384, 768, 1536)
+_PEAK_SECONDS = 0.6
 
 
 class Order(Model):
@@ -50,6 +54,7 @@ class Answer(Model):
     threads: int
     seconds: float
     memory_bytes: int
+    peak_gflops: float
 
 
 def place_name(place: int) -> str:
@@ -64,30 +69,48 @@ def read_places(path: Path) -> list[Tensor]:
 
 
 def measure(order: Order) -> Answer:
-    """Memory first, then time, then the golden step; with ETDump last, which slows calls."""
+    """Memory first, then time, then the golden step; what would slow these comes after them."""
     inputs = read_places(order.inputs)
     threads = start_threads(order.threads)
-    answer = _plain(order, inputs, threads)
+    memory, seconds = _plain(order, inputs)
     recording = load_with_etdump(order.program)
     for _ in range(WARM_UP_CALLS + order.repeats):
         recording.run_method(order.method, inputs)
     recording.write_etdump_result_to_file(str(order.etdump))
-    return answer
+    return Answer(
+        threads=threads, seconds=seconds, memory_bytes=memory, peak_gflops=peak_gflops(threads)
+    )
 
 
-def _plain(order: Order, inputs: list[Tensor], threads: int) -> Answer:
-    runtime = Runtime.get()
+def peak_gflops(threads: int) -> float:
+    """10^9 operations a second of the fastest of many float32 products by torch.
+
+    Of several sizes, for some time: on a busy machine a short one slips through undisturbed.
+    """
+    torch.set_num_threads(threads)
+    best, end = 0.0, time.perf_counter() + _PEAK_SECONDS
+    factors = [(torch.rand(size, size), torch.empty(size, size)) for size in _PEAK_SIZES]
+    while time.perf_counter() < end:
+        for factor, result in factors:
+            start = time.perf_counter()
+            torch.mm(factor, factor, out=result)
+            seconds = time.perf_counter() - start
+            best = max(best, 2 * len(factor) ** 3 / seconds / 1e9)
+    return best
+
+
+def _plain(order: Order, inputs: list[Tensor]) -> tuple[int, float]:
+    """Bytes of memory that were added, and median seconds of a call."""
     before = anonymous_bytes()
-    program = runtime.load_program(order.program)
-    method = program.load_method(order.method)
-    method.execute(inputs)
+    method = PlainMethod(order.program, order.method)
+    method.call(inputs)
     memory = anonymous_bytes() - before
-    seconds = median_seconds(lambda: method.execute(inputs), repeats=order.repeats)
+    seconds = median_seconds(lambda: method.call(inputs), repeats=order.repeats)
     if order.golden is not None:
-        outputs = method.execute(read_places(order.golden))
+        outputs = method.call(read_places(order.golden))
         copies = {place_name(place): output.clone() for place, output in enumerate(outputs)}
         save_file(copies, order.golden_outputs)
-    return Answer(threads=threads, seconds=seconds, memory_bytes=memory)
+    return memory, seconds
 
 
 if __name__ == "__main__":

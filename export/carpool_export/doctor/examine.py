@@ -18,7 +18,7 @@ from carpool.files import make_folder
 from carpool_export.doctor import android
 from carpool_export.doctor.findings import find
 from carpool_export.doctor.inputs import Arrays, bundle_calls, call_at_the_bounds
-from carpool_export.doctor.measure import Call, Taken, peak_gflops, roofline, take
+from carpool_export.doctor.measure import Call, Taken, roofline, take
 from carpool_export.doctor.program import StaticMethod, StaticTensor, methods_of, parts_of
 from carpool_export.doctor.report import (
     BundleReport,
@@ -93,7 +93,6 @@ def examine(path: Path, settings: Settings, *, announce: Callable[[str], None]) 
             etdump=settings.etdump,
             etrecord=records[method.name],
         )
-    announce("the processor's peak")
     taken = _with_rooflines(methods, calls, taken)
     report = Report(
         path=str(path),
@@ -139,10 +138,9 @@ def _calls(
 def _with_rooflines(
     methods: Sequence[StaticMethod], calls: Mapping[str, Call], taken: Mapping[str, Taken]
 ) -> dict[str, Taken]:
-    threads = [t.measured.threads for t in taken.values() if t.measured is not None]
-    if not threads:
-        return dict(taken)
-    peak, result = peak_gflops(threads[0]), {}
+    """The peak is the processor's and not a method's: the best that any process found."""
+    peak = max((found.peak_gflops for found in taken.values()), default=0.0)
+    result = {}
     for method in methods:
         found = taken[method.name]
         if found.measured is not None:

@@ -37,7 +37,8 @@ def find(report: Report) -> list[Finding]:
     """All findings, the gravest first."""
     parts: list[Iterator[Finding]] = []
     for method in report.methods:
-        parts += [_runs(method), _operators(method), _delegates(method), _arena(method)]
+        parts += [_runs(method), _operators(method), _roofline(method)]
+        parts += [_delegates(method), _arena(method)]
     parts += [_android(report)]
     if report.bundle is not None:
         parts += [_replay(report.bundle), _theta(report.bundle), _licences(report.bundle)]
@@ -103,6 +104,19 @@ def _instead(operator: str) -> str:
     )
 
 
+def _roofline(method: MethodReport) -> Iterator[Finding]:
+    line = None if method.measured is None else method.measured.roofline
+    if line is None or (line.kernels_share_of_peak or 0) <= 1:
+        return
+    yield Finding(
+        severity="note",
+        what=f"The products of {method.name} run at {line.kernels_share_of_peak:.0%} of the peak "
+        "that was measured: its roofline says nothing.",
+        why="Torch's product, which the peak is taken from, was held up or is the slower one.",
+        do="Run the doctor again on a machine that is idle.",
+    )
+
+
 def _delegates(method: MethodReport) -> Iterator[Finding]:
     for delegates in method.delegates:
         if delegates.backend not in android.BACKENDS:
@@ -127,8 +141,6 @@ def _arena(method: MethodReport) -> Iterator[Finding]:
     if not arena.most_in_use_bytes:
         return
     ratio = arena.bytes / arena.most_in_use_bytes
-    largest = arena.largest[0]
-    shape = " x ".join(map(str, largest.shape))
     if ratio > LOOSE_ARENA and arena.bytes > LARGE_ARENA_BYTES:
         yield Finding(
             severity="warning",
@@ -137,10 +149,12 @@ def _arena(method: MethodReport) -> Iterator[Finding]:
             do="Try another memory planning algorithm of ExecuTorch.",
         )
     elif arena.bytes > LARGE_ARENA_BYTES:
+        largest = arena.largest[0]
+        shape = " x ".join(map(str, largest.shape))
         yield Finding(
             severity="note",
-            what=f"The arena of {method.name} is {size(arena.bytes)}, planned for the bounds; its "
-            f"largest value is {largest.dtype} {shape}, {size(largest.bytes)}.",
+            what=f"The arena of {method.name} is {size(arena.bytes)}, planned for the bounds; "
+            f"{size(largest.bytes)} of it are {largest.count} values of {shape}.",
             why="A phone reserves all of it, and its pages stay once a large call has used them.",
             do="Export with lower bounds (--max-batch, --max-length, --max-documents) if calls "
             "never come near these.",

@@ -7,12 +7,10 @@ import math
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,9 +19,6 @@ from carpool_export.doctor.products import FROZEN_KERNELS, PORTABLE_KERNELS, RUN
 from carpool_export.doctor.profile import read_etdump
 from carpool_export.doctor.program import StaticMethod
 from carpool_export.doctor.report import KernelTime, Measured, Roofline
-
-_PEAK_TRIES = ((512, 200), (1024, 60))
-"""(size, calls): small ones are done before a busy machine interrupts them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,12 +42,14 @@ class Taken:
     """What a method's process brought back; nothing where there was none.
 
     Attributes:
-        measured: the peak is not known yet, so without a roofline.
+        measured: without a roofline, because the peak is known when all methods ran.
+        peak_gflops: that was found there.
         golden: the golden call's outputs.
         failed: what went wrong, or None.
     """
 
     measured: Measured | None = None
+    peak_gflops: float = 0.0
     golden: Sequence[Tensor] = ()
     failed: str | None = None
 
@@ -119,27 +116,9 @@ def take(
             rest_share=1 - sum(kernel.share for kernel in profile.kernels),
             roofline=None,
         ),
+        peak_gflops=answer.peak_gflops,
         golden=golden,
     )
-
-
-def peak_gflops(threads: int) -> float:
-    """10^9 operations a second of the fastest of several large float32 products by torch."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        return max(_gflops(size, calls) for size, calls in _PEAK_TRIES)
-    finally:
-        torch.set_num_threads(before)
-
-
-def _gflops(size: int, calls: int) -> float:
-    factor, result, times = torch.rand(size, size), torch.empty(size, size), []
-    for _ in range(calls):
-        start = time.perf_counter()
-        torch.mm(factor, factor, out=result)
-        times.append(time.perf_counter() - start)
-    return 2 * size**3 / min(times) / 1e9
 
 
 def roofline(

@@ -13,7 +13,7 @@ from executorch.exir import schema
 from executorch.exir.scalar_type import ScalarType
 
 from carpool_export.doctor.products import Product, portable_product, xnnpack_products
-from carpool_export.doctor.report import Arena, Delegates, FilePart, PlannedValue
+from carpool_export.doctor.report import Arena, Delegates, FilePart, PlannedValues
 from carpool_export.lowering.private.pte import PteFile, XnnpackGraph, read_xnnpack_graph
 
 XNNPACK = "XnnpackBackend"
@@ -230,13 +230,17 @@ def _arena(plan: Any, values: list[Any], calls: list[Any]) -> Arena:  # noqa: AN
         most, at = max((most, at), (used, time))
     alive = [value for value in planned if value.first <= at <= value.last]
     distinct = {(value.memory, value.start, value.end): value.tensor for value in alive}
-    largest = sorted(distinct.values(), key=lambda tensor: -tensor.bytes)[:_LARGEST]
+    counts = Counter(
+        (tensor.dtype_name, tensor.shape, tensor.bytes) for tensor in distinct.values()
+    )
+    groups = [
+        PlannedValues(count=count, dtype=dtype, shape=shape, bytes=count * size)
+        for (dtype, shape, size), count in counts.items()
+    ]
     return Arena(
         bytes=sum(plan.non_const_buffer_sizes[1:]),  # the first place stands for constants
         most_in_use_bytes=most,
-        largest=tuple(
-            PlannedValue(dtype=t.dtype_name, shape=t.shape, bytes=t.bytes) for t in largest
-        ),
+        largest=tuple(sorted(groups, key=lambda group: -group.bytes)[:_LARGEST]),
     )
 
 

@@ -22,7 +22,8 @@ from carpool_export.doctor.report import (
 )
 
 _SHOWN_KERNELS = 8
-_SHOWN_DELEGATES = 5
+_SHOWN_DELEGATES = 3
+_SHOWN_SOURCES = 5
 _SHOWN_SHARE = 0.005
 
 _STYLES: dict[Severity, str] = {
@@ -149,7 +150,7 @@ def _kernels(measured: Measured) -> Table:
             f"{kernel.milliseconds:.3f}",
             f"{kernel.calls}",
             Text(kernel.name),
-            kernel.backend or "outside of delegates",
+            kernel.backend or "no delegate",
         )
     others = measured.kernels[len(shown) :]
     if others:
@@ -164,8 +165,8 @@ def _kernels(measured: Measured) -> Table:
         f"{measured.rest_share:.1%}",
         f"{measured.rest_share * measured.etdump_milliseconds:.3f}",
         "",
-        "in no kernel",
-        "between them, and the recording itself",
+        "in no kernel: entering, sizes, recording",
+        "",
     )
     return table
 
@@ -173,13 +174,14 @@ def _kernels(measured: Measured) -> Table:
 def _delegates(measured: Measured) -> Table:
     table = _table("Slowest delegates", "share", "ms", "made from", right=("share", "ms"))
     for delegate in measured.delegates[:_SHOWN_DELEGATES]:
-        counts = Counter(name.removeprefix("aten.") for name in delegate.operators)
-        made = ", ".join(f"{count} {name}" for name, count in counts.most_common(5))
-        more = len(counts) - 5
+        counts = Counter(name.split(".")[-2] for name in delegate.operators)
+        shown = counts.most_common(_SHOWN_SOURCES)
+        others = len(delegate.operators) - sum(count for _, count in shown)
+        made = ", ".join(f"{count} {name}" for name, count in shown)
         table.add_row(
             f"{delegate.share:.1%}",
             f"{delegate.milliseconds:.3f}",
-            Text(made + (f" and {more} others" if more > 0 else "")),
+            Text(made + (f", {others} others" if others else "")),
         )
     return table
 

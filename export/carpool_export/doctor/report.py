@@ -63,9 +63,10 @@ class Operator(Model):
     on_android: bool
 
 
-class PlannedValue(Model):
-    """A tensor in the arena, at its largest."""
+class PlannedValues(Model):
+    """Tensors of one shape in the arena, at their largest; ``bytes`` of all of them together."""
 
+    count: int
     dtype: str
     shape: tuple[int, ...]
     bytes: int
@@ -77,12 +78,12 @@ class Arena(Model):
     Attributes:
         bytes: what the runtime allocates when the method is loaded.
         most_in_use_bytes: most bytes that hold values which are still needed, at one time.
-        largest: the largest of these values, the largest first.
+        largest: what takes most of that, by shape, the largest first.
     """
 
     bytes: int
     most_in_use_bytes: int
-    largest: tuple[PlannedValue, ...]
+    largest: tuple[PlannedValues, ...]
 
 
 class KernelTime(Model):
@@ -119,8 +120,8 @@ class Roofline(Model):
         products: how many were counted.
         uncounted: how many of these have sizes that could not be told.
         gigaflop: floating-point operations of one call, 2 M K N for each product, in 10^9.
-        peak_gflops: fastest of many float32 products of two square matrices by torch, right then,
-            with as many threads; on a busy machine less than the processor can.
+        peak_gflops: fastest of many float32 products of square matrices by torch, with as many
+            threads; on a busy machine less than the processor can.
         achieved_gflops: gigaflop by the call's median time.
         least_milliseconds: gigaflop by the peak.
         share_of_peak: achieved by peak.
