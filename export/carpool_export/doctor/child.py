@@ -16,7 +16,7 @@ from torch import Tensor
 
 from carpool.measuring import anonymous_bytes, median_seconds
 from carpool.schema import Model
-from carpool_export.doctor.private import PlainMethod, load_with_etdump, start_threads
+from carpool_export.doctor.private import PlainProgram, load_with_etdump, start_threads
 
 WARM_UP_CALLS = 2
 """Under ETDump; the first call of a method packs nothing more, but finds cold caches."""
@@ -53,6 +53,7 @@ class Answer(Model):
 
     threads: int
     seconds: float
+    opening_bytes: int
     memory_bytes: int
     peak_gflops: float
 
@@ -72,45 +73,52 @@ def measure(order: Order) -> Answer:
     """Memory first, then time, then the golden step; what would slow these comes after them."""
     inputs = read_places(order.inputs)
     threads = start_threads(order.threads)
-    memory, seconds = _plain(order, inputs)
+    opening, memory, seconds = _plain(order, inputs)
     recording = load_with_etdump(order.program)
     for _ in range(WARM_UP_CALLS + order.repeats):
         recording.run_method(order.method, inputs)
     recording.write_etdump_result_to_file(str(order.etdump))
     return Answer(
-        threads=threads, seconds=seconds, memory_bytes=memory, peak_gflops=peak_gflops(threads)
+        threads=threads,
+        seconds=seconds,
+        opening_bytes=opening,
+        memory_bytes=memory,
+        peak_gflops=peak_gflops(threads),
     )
 
 
 def peak_gflops(threads: int) -> float:
     """10^9 operations a second of the fastest of many float32 products by torch.
 
-    Of several sizes, for some time: on a busy machine a short one slips through undisturbed.
+    With all threads, or with one and times their number: on a busy machine threads wait for one
+    another, and a short product of one thread slips through undisturbed.
     """
-    torch.set_num_threads(threads)
     best, end = 0.0, time.perf_counter() + _PEAK_SECONDS
     factors = [(torch.rand(size, size), torch.empty(size, size)) for size in _PEAK_SIZES]
     while time.perf_counter() < end:
-        for factor, result in factors:
-            start = time.perf_counter()
-            torch.mm(factor, factor, out=result)
-            seconds = time.perf_counter() - start
-            best = max(best, 2 * len(factor) ** 3 / seconds / 1e9)
+        for used in {1, threads}:
+            torch.set_num_threads(used)
+            for factor, result in factors:
+                start = time.perf_counter()
+                torch.mm(factor, factor, out=result)
+                seconds = (time.perf_counter() - start) * used / threads
+                best = max(best, 2 * len(factor) ** 3 / seconds / 1e9)
     return best
 
 
-def _plain(order: Order, inputs: list[Tensor]) -> tuple[int, float]:
-    """Bytes of memory that were added, and median seconds of a call."""
+def _plain(order: Order, inputs: list[Tensor]) -> tuple[int, int, float]:
+    """Bytes that opening the program added, and its method; median seconds of a call."""
     before = anonymous_bytes()
-    method = PlainMethod(order.program, order.method)
-    method.call(inputs)
-    memory = anonymous_bytes() - before
-    seconds = median_seconds(lambda: method.call(inputs), repeats=order.repeats)
+    program = PlainProgram(order.program)
+    opened = anonymous_bytes()
+    program.call(order.method, inputs)
+    called = anonymous_bytes()
+    seconds = median_seconds(lambda: program.call(order.method, inputs), repeats=order.repeats)
     if order.golden is not None:
-        outputs = method.call(read_places(order.golden))
+        outputs = program.call(order.method, read_places(order.golden))
         copies = {place_name(place): output.clone() for place, output in enumerate(outputs)}
         save_file(copies, order.golden_outputs)
-    return memory, seconds
+    return opened - before, called - opened, seconds
 
 
 if __name__ == "__main__":

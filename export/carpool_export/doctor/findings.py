@@ -92,9 +92,9 @@ def _instead(operator: str) -> str:
     products = {"aten::mm.out", "aten::addmm.out", "aten::bmm.out", "aten::linear.out"}
     if operator in products:
         return (
-            "Lower it with carpool_export.lowering.lower_gradient_program (`carpool export` does), "
-            "which gives XNNPACK products by run-time values too; its stock partitioner takes "
-            "those by frozen weights alone."
+            "Lower it for XNNPACK: to_edge_transform_and_lower with XnnpackPartitioner takes "
+            "products by frozen weights, carpool_export.lowering.lower_gradient_program (so "
+            "`carpool export`) those by run-time values too."
         )
     if operator == "aten::embedding.out":
         return "Gather less: look tokens up once, and once per layer at most."
@@ -155,7 +155,7 @@ def _arena(method: MethodReport) -> Iterator[Finding]:
             severity="note",
             what=f"The arena of {method.name} is {size(arena.bytes)}, planned for the bounds; "
             f"{size(largest.bytes)} of it are {largest.count} values of {shape}.",
-            why="A phone reserves all of it, and its pages stay once a large call has used them.",
+            why="All of it is resident once the program is open, however small the calls are.",
             do="Export with lower bounds (--max-batch, --max-length, --max-documents) if calls "
             "never come near these.",
         )

@@ -109,6 +109,7 @@ def take(
             threads=answer.threads,
             repeats=repeats,
             milliseconds=1000 * answer.seconds,
+            opening_bytes=answer.opening_bytes,
             memory_bytes=answer.memory_bytes,
             etdump_milliseconds=profile.milliseconds,
             kernels=tuple(profile.kernels),

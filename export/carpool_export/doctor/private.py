@@ -18,19 +18,21 @@ from torch import Tensor
 from carpool.native import muted_standard_error
 
 
-class PlainMethod:
-    """A method in the runtime as it is on a device.
+class PlainProgram:
+    """A program in the runtime as it is on a device.
 
-    Holds its program, because the runtime does not keep it alive.
+    Holds program and methods together, because the runtime keeps neither alive for the other.
     """
 
-    def __init__(self, path: Path, name: str) -> None:
+    def __init__(self, path: Path) -> None:
         self._program = _C._load_program(str(path))
-        self._method = self._program.load_method(name)
+        self._methods: dict[str, Any] = {}
 
-    def call(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """The outputs, copied."""
-        return list(self._method(inputs, clone_outputs=True))
+    def call(self, method: str, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The outputs, copied; the first call loads the method."""
+        if method not in self._methods:
+            self._methods[method] = self._program.load_method(method)
+        return list(self._methods[method](inputs, clone_outputs=True))
 
 
 def load_with_etdump(path: Path) -> Any:  # noqa: ANN401  executorch has no type information

@@ -117,7 +117,8 @@ def _facts(method: MethodReport) -> Iterator[tuple[str, str]]:
 def _cost(measured: Measured) -> Iterator[tuple[str, str]]:
     time = duration(measured.milliseconds)
     yield "time", f"{time}, median of {measured.repeats} calls, {measured.threads} threads"
-    yield "memory", f"{size(measured.memory_bytes)} anonymous, by loading and a first call"
+    opening = size(measured.opening_bytes)
+    yield "memory", f"{size(measured.memory_bytes)} anonymous, and {opening} to open the program"
     line = measured.roofline
     if line is None:
         return

@@ -120,8 +120,8 @@ class Roofline(Model):
         products: how many were counted.
         uncounted: how many of these have sizes that could not be told.
         gigaflop: floating-point operations of one call, 2 M K N for each product, in 10^9.
-        peak_gflops: fastest of many float32 products of square matrices by torch, with as many
-            threads; on a busy machine less than the processor can.
+        peak_gflops: of many float32 products of square matrices by torch the fastest, with as
+            many threads, or with one and times their number.
         achieved_gflops: gigaflop by the call's median time.
         least_milliseconds: gigaflop by the peak.
         share_of_peak: achieved by peak.
@@ -148,7 +148,9 @@ class Measured(Model):
         threads: the runtime's.
         repeats: calls that count, after those to warm up.
         milliseconds: median of a call.
-        memory_bytes: anonymous memory that loading and the first call added; inputs are not in it.
+        opening_bytes: anonymous memory that opening the program added, for all its methods.
+        memory_bytes: what loading the method and its first call added to that; inputs are in
+            neither.
         etdump_milliseconds: of a call while ETDump recorded, which takes time of its own.
         kernels: by share, the largest first.
         delegates: likewise; empty without an ETRecord, which knows what they were made from.
@@ -161,6 +163,7 @@ class Measured(Model):
     threads: int
     repeats: int
     milliseconds: float
+    opening_bytes: int
     memory_bytes: int
     etdump_milliseconds: float
     kernels: tuple[KernelTime, ...]
