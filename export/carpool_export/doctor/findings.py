@@ -111,9 +111,9 @@ def _roofline(method: MethodReport) -> Iterator[Finding]:
     yield Finding(
         severity="note",
         what=f"The products of {method.name} run at {line.kernels_share_of_peak:.0%} of the peak "
-        "that was measured: its roofline says nothing.",
-        why="Torch's product, which the peak is taken from, was held up or is the slower one.",
-        do="Run the doctor again on a machine that is idle.",
+        "that torch reached: the roofline is too low.",
+        why="Torch's product was held up, or is slower than XNNPACK's on this processor.",
+        do="Run the doctor again on an idle machine; take the share as a comparison with torch.",
     )
 
 
