@@ -29,7 +29,7 @@ from carpool_export.doctor.examine import Settings, examine
 from carpool_export.doctor.findings import find
 from carpool_export.doctor.inputs import bundle_calls
 from carpool_export.doctor.products import Product
-from carpool_export.doctor.program import methods_of, parts_of
+from carpool_export.doctor.program import StaticTensor, _covered, _Planned, methods_of, parts_of
 from carpool_export.doctor.report import (
     Delegates,
     Operator,
@@ -140,6 +140,19 @@ def test_arena_holds_the_hidden_layer(stock_report: Report) -> None:
     assert hidden < arena.most_in_use_bytes <= arena.bytes
     assert (ROWS, HIDDEN) in {group.shape for group in arena.largest}
     assert all(group.bytes == 4 * group.count * math.prod(group.shape) for group in arena.largest)
+
+
+def test_a_view_takes_no_room_beside_what_it_is_a_view_of() -> None:
+    """Bytes of the arena are counted once, whoever lies on them; two memories are two."""
+    hundred = StaticTensor(dtype=torch.float32, shape=(5, 5), dynamic=False)
+    forty = StaticTensor(dtype=torch.float32, shape=(10,), dynamic=False)
+    values = [
+        _Planned(hundred, memory=1, start=0, first=0, last=9),
+        _Planned(forty, memory=1, start=20, first=0, last=9),
+        _Planned(forty, memory=1, start=80, first=0, last=9),
+        _Planned(forty, memory=2, start=0, first=0, last=9),
+    ]
+    assert _covered(values) == 120 + 40
 
 
 FACTOR = torch.nn.Linear(24, 40).requires_grad_(requires_grad=False)
