@@ -130,7 +130,7 @@ def _cost(measured: Measured) -> Iterator[tuple[str, str]]:
     alone = "" if kernels is None else f", the products' kernels {kernels:.0%}"
     yield "", f"the call reaches {reached}{alone}"
     if line.uncounted:
-        yield "", f"{line.uncounted} products are not in it: their sizes are not known"
+        yield "", f"not counted: {line.uncounted} (convolutions, or of unknown sizes)"
 
 
 def _tensor(tensor: TensorFacts) -> str:
