@@ -10,40 +10,17 @@ end, less what it was before the program was loaded; documents and theta are in 
 from __future__ import annotations
 
 import argparse
-import re
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from carpool.bundle import Bundle
+from carpool.measuring import anonymous_bytes, median_seconds
 from carpool_device.batches import Batch
 from carpool_device.runtime import DeviceProgram
 from carpool_device.tokenizer import QueryTokenizer
-
-
-def anonymous_megabytes() -> float:
-    """Of this process, as the kernel counts it."""
-    text = Path("/proc/self/smaps_rollup").read_text()
-    found = re.search(r"^Anonymous: +(\d+) kB$", text, flags=re.MULTILINE)
-    if found is None:
-        raise OSError("/proc/self/smaps_rollup: expected a line 'Anonymous:', found none.")
-    return int(found[1]) / 1024
-
-
-def median_seconds(call: Callable[[], object], *, repeats: int) -> float:
-    """After two calls to warm up."""
-    times = []
-    for turn in range(repeats + 2):
-        start = time.perf_counter()
-        call()
-        if turn > 1:
-            times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 def measure(path: Path, documents: int, *, length: int, repeats: int) -> str:
@@ -53,7 +30,7 @@ def measure(path: Path, documents: int, *, length: int, repeats: int) -> str:
     program = DeviceProgram.load(bundle)
     import torch  # noqa: F401, PLC0415  before the first look at memory: it is not the program's
 
-    before = anonymous_megabytes()
+    before = anonymous_bytes()
     manifest = bundle.manifest
     frozen = bundle.corpus()
     rows = generator.standard_normal((documents, manifest.model.hidden_size), dtype=np.float32)
@@ -75,7 +52,7 @@ def measure(path: Path, documents: int, *, length: int, repeats: int) -> str:
         lambda: program.gradients(theta, batch, l2_clip_norm=1.0, frozen=frozen), repeats=repeats
     )
     search = median_seconds(lambda: program.scores(theta, tokens, frozen=frozen), repeats=repeats)
-    memory = anonymous_megabytes() - before
+    memory = (anonymous_bytes() - before) / 2**20
     return f"| {documents:,} | {1000 * step:.0f} | {1000 * search:.0f} | {memory:.0f} |"
 
 

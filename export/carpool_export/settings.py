@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 
 from carpool_export.model import Pooling
 from carpool_export.model.weights import Weights
@@ -29,6 +30,7 @@ class ExportSettings:
         weights: float32, or int8 per channel for a bundle of about a third.
         licence: of the model, instead of what its model card states.
         notices: texts that must go with the documents; ``NOTICE`` beside their file if empty.
+        etrecord: where ExecuTorch's record of the lowering goes; none is kept if None.
     """
 
     kinds: Kinds = PRESETS["small"]
@@ -45,3 +47,4 @@ class ExportSettings:
     weights: Weights = "float32"
     licence: str | None = None
     notices: tuple[str, ...] = ()
+    etrecord: Path | None = None

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -57,20 +55,6 @@ def run_here(tmp_path: Path) -> Callable[..., RunResult]:
             return run_rounds(LocalGrid(nodes), Job(**(arguments | job)), folder)
 
     return run
-
-
-@pytest.fixture(scope="session")
-def tiny() -> ModuleType:
-    """The device tests' tiny bundle, by path: test folders are no packages."""
-    path = Path(__file__).parents[1] / "device" / "tiny.py"
-    if "tiny" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("tiny", path)
-        if spec is None or spec.loader is None:
-            raise ImportError(path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["tiny"] = module
-        spec.loader.exec_module(module)
-    return sys.modules["tiny"]
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,12 +79,15 @@ def lower_gradient_program(
     return lower({method: described}, progress=lambda _: None)
 
 
-def lower(methods: Mapping[str, MethodToLower], *, progress: Progress) -> bytes:
+def lower(
+    methods: Mapping[str, MethodToLower], *, progress: Progress, etrecord: Path | None = None
+) -> bytes:
     """The ``.pte`` of the methods, for XNNPACK with portable kernels for the rest.
 
     Args:
         methods: by name.
         progress: called before each step.
+        etrecord: where ExecuTorch's own record of the lowering goes, for its Inspector.
 
     Raises:
         ValueError: a method was given the same example tensor twice, which the tracer would take
@@ -97,7 +101,7 @@ def lower(methods: Mapping[str, MethodToLower], *, progress: Progress) -> bytes:
         with private.fast_lowering(), warnings.catch_warnings():
             # torch and ExecuTorch use what they and Python deprecate; a caller cannot change it.
             warnings.simplefilter("ignore")
-            return _lower(methods, progress=progress)
+            return _lower(methods, progress=progress, etrecord=etrecord)
     except Exception as error:
         # Whatever it is, the model cannot be exported; the cause stays attached.
         reason = str(error).strip().splitlines() or ["no message"]
@@ -106,21 +110,29 @@ def lower(methods: Mapping[str, MethodToLower], *, progress: Progress) -> bytes:
         ) from error
 
 
-def _lower(methods: Mapping[str, MethodToLower], *, progress: Progress) -> bytes:
+def _lower(
+    methods: Mapping[str, MethodToLower], *, progress: Progress, etrecord: Path | None
+) -> bytes:
     exported = {}
     for name, method in methods.items():
         progress(f"tracing {name}")
         exported[name] = _export(method)
     progress(f"lowering {' and '.join(methods)}")
     edge = to_edge_transform_and_lower(
-        exported, partitioner=[private.partitioner()], compile_config=private.edge_config()
+        exported,
+        partitioner=[private.partitioner()],
+        compile_config=private.edge_config(),
+        generate_etrecord=etrecord is not None,
     )
     # Inputs stay where the caller has them: planned ones are copied at each call, and a
     # catalogue would take its bound's size in memory.
     config = ExecutorchBackendConfig(
         memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False)
     )
-    return bytes(edge.to_executorch(config).buffer)
+    program = edge.to_executorch(config)
+    if etrecord is not None:
+        program.get_etrecord().save(etrecord)
+    return bytes(program.buffer)
 
 
 def _export(method: MethodToLower) -> ExportedProgram:

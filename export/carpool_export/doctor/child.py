@@ -1,0 +1,126 @@
+"""Measures one method in this process: ``python -m carpool_export.doctor.child ORDER``.
+
+A process of its own, so that memory is the method's alone and a crash ends no more than this.
+Imports no compiler.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from carpool.measuring import anonymous_bytes, median_seconds
+from carpool.schema import Model
+from carpool_export.doctor.private import PlainProgram, load_with_etdump, start_threads
+
+WARM_UP_CALLS = 2
+"""Under ETDump; the first call of a method packs nothing more, but finds cold caches."""
+
+_PEAK_SIZES = (384, 768, 1536)
+_PEAK_SECONDS = 0.6
+
+
+class Order(Model):
+    """What to measure. Tensors stand in files, by their place in the call (``place_name``).
+
+    Attributes:
+        inputs: of the calls that are measured.
+        golden: of a call whose outputs are wanted, or None.
+        golden_outputs: where these go.
+        threads: of the runtime; one per core if None.
+        etdump: where the ETDump goes.
+        answer: where the answer goes.
+    """
+
+    program: Path
+    method: str
+    inputs: Path
+    golden: Path | None
+    golden_outputs: Path
+    repeats: int
+    threads: int | None
+    etdump: Path
+    answer: Path
+
+
+class Answer(Model):
+    """What was measured; see ``report.Measured``."""
+
+    threads: int
+    seconds: float
+    opening_bytes: int
+    memory_bytes: int
+    peak_gflops: float
+
+
+def place_name(place: int) -> str:
+    """A tensor's name in a file of inputs or outputs."""
+    return f"{place:04d}"
+
+
+def read_places(path: Path) -> list[Tensor]:
+    """Tensors in the order of the call."""
+    found = load_file(path)
+    return [found[name] for name in sorted(found)]
+
+
+def measure(order: Order) -> Answer:
+    """Memory first, then time, then the golden step; what would slow these comes after them."""
+    inputs = read_places(order.inputs)
+    threads = start_threads(order.threads)
+    opening, memory, seconds = _plain(order, inputs)
+    recording = load_with_etdump(order.program)
+    for _ in range(WARM_UP_CALLS + order.repeats):
+        recording.run_method(order.method, inputs)
+    recording.write_etdump_result_to_file(str(order.etdump))
+    return Answer(
+        threads=threads,
+        seconds=seconds,
+        opening_bytes=opening,
+        memory_bytes=memory,
+        peak_gflops=peak_gflops(threads),
+    )
+
+
+def peak_gflops(threads: int) -> float:
+    """10^9 operations a second of the fastest of many float32 products by torch.
+
+    With all threads, or with one and times their number: on a busy machine threads wait for one
+    another, and a short product of one thread slips through undisturbed.
+    """
+    best, end = 0.0, time.perf_counter() + _PEAK_SECONDS
+    factors = [(torch.rand(size, size), torch.empty(size, size)) for size in _PEAK_SIZES]
+    while time.perf_counter() < end:
+        for used in {1, threads}:
+            torch.set_num_threads(used)
+            for factor, result in factors:
+                start = time.perf_counter()
+                torch.mm(factor, factor, out=result)
+                seconds = (time.perf_counter() - start) * used / threads
+                best = max(best, 2 * len(factor) ** 3 / seconds / 1e9)
+    return best
+
+
+def _plain(order: Order, inputs: list[Tensor]) -> tuple[int, int, float]:
+    """Bytes that opening the program added, and its method; median seconds of a call."""
+    before = anonymous_bytes()
+    program = PlainProgram(order.program)
+    opened = anonymous_bytes()
+    program.call(order.method, inputs)
+    called = anonymous_bytes()
+    seconds = median_seconds(lambda: program.call(order.method, inputs), repeats=order.repeats)
+    if order.golden is not None:
+        outputs = program.call(order.method, read_places(order.golden))
+        copies = {place_name(place): output.clone() for place, output in enumerate(outputs)}
+        save_file(copies, order.golden_outputs)
+    return opened - before, called - opened, seconds
+
+
+if __name__ == "__main__":
+    asked = Order.model_validate_json(sys.stdin.read())
+    asked.answer.write_text(measure(asked).model_dump_json(), encoding="utf-8")
