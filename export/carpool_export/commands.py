@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import gc
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -122,6 +124,7 @@ def export(
     """
     # Imported here: torch and transformers take seconds, and --help must not.
     _quieten()
+    _collect_rarely()
     from carpool_export.exporter import (  # noqa: PLC0415
         STAGES,
         export_bundle,
@@ -276,6 +279,12 @@ def doctor(
         render.show(report, result_console())
     if not report.healthy:
         raise typer.Exit(1)
+
+
+def _collect_rarely() -> None:
+    """Python's collector walks the graphs, which are made of cycles, and finds nothing."""
+    gc.set_threshold(50_000, 20, 50)
+    atexit.register(gc.freeze)
 
 
 def _quieten() -> None:

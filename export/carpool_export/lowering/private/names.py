@@ -50,6 +50,7 @@ NAMES: tuple[tuple[str, str], ...] = (
     ("torch.fx.traceback", "current_meta"),
     ("torch.fx.traceback", "set_current_meta"),
     ("torch.fx.traceback", "should_preserve_node_meta"),
+    ("torch.utils._python_dispatch", "_disable_current_modes"),
     ("transformers.masking_utils", "ALL_MASK_ATTENTION_FUNCTIONS"),
 )
 """(module, attribute) of each; the last is what our attention counts on not having its name."""

@@ -6,6 +6,7 @@ ExecuTorch's passes interpret the whole graph anew, each of them, and several do
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -144,6 +145,17 @@ def _skipping_passes() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _fewer_collections() -> Iterator[None]:
+    """Python's collector less often: graphs are made of cycles, and it walks all that live on."""
+    thresholds = gc.get_threshold()
+    gc.set_threshold(50_000, 20, 50)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*thresholds)
+
+
+@contextlib.contextmanager
 def fast_lowering() -> Iterator[None]:
     """The patches, and no stack traces in nodes, while it is open; not for several threads."""
     pass_manager, set_meta = xnnpack_preprocess.XNNPACKPassManager, fx_traceback.set_current_meta
@@ -153,7 +165,7 @@ def fast_lowering() -> Iterator[None]:
     fx_traceback.set_current_meta = _meta_with_one_source
     torch.fx.config.do_not_emit_stack_traces = True
     try:
-        with _skipping_passes(), fast_partitioning():
+        with _skipping_passes(), fast_partitioning(), _fewer_collections():
             yield
     finally:
         ExportedProgram.run_decompositions = _DECOMPOSE  # type: ignore[method-assign]

@@ -5,11 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import torch
 from executorch.exir import EdgeCompileConfig
+from numpy.typing import NDArray
 from torch import Tensor
 from torch._decomp import core_aten_decompositions
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import _disable_current_modes
+
+
+def constant(array: NDArray[np.float32]) -> Tensor:
+    """A tensor of the array's values, also while a function is traced.
+
+    There, what torch makes is a step of the function, and a factor that is computed is packed
+    for the kernel at every call; and even ``from_numpy`` gives a tensor without data.
+    """
+    with _disable_current_modes():
+        return torch.from_numpy(array)
 
 
 def trace(
