@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from carpool.bundle import Bundle
 from carpool.errors import ExportError
 from carpool_device.runtime import DeviceProgram
-from carpool_device.selftest import replay_golden_step
+from carpool_device.selftest import replay_golden_step, require_passed
 from carpool_export.exporter import export_bundle
 from carpool_export.settings import ExportSettings
 from carpool_export.source import find_model, gguf, open_source
@@ -82,7 +82,7 @@ def test_smollm2_becomes_a_bundle_of_at_most_160_megabytes(smollm2: Bundle) -> N
 def test_smollm2_replays_its_golden_step_on_the_device(smollm2: Bundle) -> None:
     """After expansion; the device's tokenizer gives the library's tokens."""
     program = DeviceProgram.load(smollm2)
-    assert replay_golden_step(program).passed
+    require_passed(replay_golden_step(program), program=program)
     texts = [document.title for document in smollm2.documents()[:20]]
     library = AutoTokenizer.from_pretrained(find_model(PACKAGE))
     expected = [library(text)["input_ids"][:32] for text in texts]

@@ -21,7 +21,7 @@ from carpool.bundle.weights import expanded
 from carpool.errors import ExportError
 from carpool.theta import write_theta
 from carpool_device.runtime import DeviceProgram
-from carpool_device.selftest import replay_golden_step
+from carpool_device.selftest import replay_golden_step, require_passed
 from carpool_export.exporter import export_bundle
 from carpool_export.model import EAGER_ATTENTION, load_model
 from carpool_export.model.weights import pack_program, round_to_int8
@@ -161,8 +161,10 @@ def test_every_matrix_of_an_export_is_found(
     assert packed is not None
     found = sum(segment.rows * segment.columns for segment in packed.segments)
     model = load_model(folder, attention=EAGER_ATTENTION)
-    assert found == sum(p.numel() for p in matrices(model).values())
-    assert replay_golden_step(DeviceProgram.load(bundle)).passed
+    used = [p for name, p in matrices(model).items() if not name.startswith("pooler.")]
+    assert found == sum(parameter.numel() for parameter in used)
+    program = DeviceProgram.load(bundle)
+    require_passed(replay_golden_step(program), program=program)
 
 
 @pytest.fixture(scope="module")
@@ -187,8 +189,9 @@ def test_minilm_ships_in_thirty_megabytes_and_is_eager_on_the_rounded_weights(
     assert "rounded to int8" in manifest.licences[0].notice
     eager = load_model(open_source(MODEL).folder, attention=EAGER_ATTENTION)
     for parameter in matrices(eager).values():
-        weights = parameter.detach().double().numpy()
-        step = np.abs(weights).max(axis=1, keepdims=True) / 127
+        weights = parameter.detach().numpy()
+        mantissa, exponent = np.frexp(np.abs(weights).max(axis=1, keepdims=True) / np.float32(127))
+        step = np.ldexp(np.ceil(mantissa * 2.0**16) / 2**16, exponent)
         with torch.no_grad():
             parameter.copy_(torch.from_numpy(np.rint(weights / np.where(step, step, 1)) * step))
     reference = Reference(
@@ -203,8 +206,7 @@ def test_minilm_ships_in_thirty_megabytes_and_is_eager_on_the_rounded_weights(
     batch = golden_batch(int8_bundle)
     (scores,) = program.call("scores", step_inputs(reference, theta, batch))
     with torch.no_grad():
-        # a scale with 16 bits and one with 53 differ by 2**-16 at most
-        assert relative_error(scores, reference.scores(theta, batch)) <= 2**-14
+        assert relative_error(scores, reference.scores(theta, batch)) <= 5e-6
     write_theta(
         tmp_path / "theta.safetensors",
         theta.numpy(),
