@@ -22,7 +22,7 @@ GRADIENT_GATE = 2e-6
 roundings (2**-23) of that value."""
 
 ROUNDING_FACTOR = 10.0
-ROUNDING_CEILING = 2e-5
+ROUNDING_CEILING = 5e-5
 """Where a gradient's error is above its gate, it may be this many times the error that eager
 PyTorch in float32 has in the same place, up to this share. A deep model at few tokens is that ill
 conditioned: on SmolLM2-135M with a row of two tokens eager float32 itself is up to 7e-6 off.

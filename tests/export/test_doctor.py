@@ -379,7 +379,7 @@ def test_the_golden_step_is_resized_by_repeating_its_rows_and_tokens(
 
 @pytest.mark.slow
 def test_a_real_bundle_is_healthy_and_its_frozen_products_are_all_found(small_bundle: Path) -> None:
-    """Six layers of six products, forward and backward; XNNPACK ran exactly as many."""
+    """Six layers of six products, forward and backward, and little beside them."""
     settings = Settings(batch=8, length=32, repeats=5)
     report = examine(small_bundle, settings, announce=lambda _: None)
     assert severities(report, "problem") == []
@@ -390,8 +390,9 @@ def test_a_real_bundle_is_healthy_and_its_frozen_products_are_all_found(small_bu
     for name, passes in (("gradients", 2), ("scores", 1), ("embed", 1)):
         line = lines[name]
         assert line is not None
-        assert (line.counted, line.products, line.uncounted) == ("frozen", 36 * passes, 0)
-        assert line.gigaflop == pytest.approx(6 * passes * layer * 8 * 32 / 1e9)
+        assert (line.counted, line.uncounted) == ("frozen", 0)
+        assert line.products > 36 * passes  # norms' sums are products by constants, too
+        assert 1 < line.gigaflop / (6 * passes * layer * 8 * 32 / 1e9) < 1.03
         assert line.kernels_share_of_peak is not None
 
 

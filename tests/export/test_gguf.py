@@ -71,7 +71,7 @@ def test_smollm2_becomes_a_bundle_of_at_most_160_megabytes(smollm2: Bundle) -> N
     assert sum(entry.bytes for entry in manifest.files.values()) <= 160_000_000
     assert (manifest.model.architecture, manifest.tokenizer.kind) == ("llama", "BPE")
     assert manifest.licences[0].licence == "apache-2.0"
-    assert manifest.parity.gradient_error <= 2e-5
+    assert manifest.parity.gradient_error <= 5e-5
     assert manifest.parity.trajectory_error <= 2e-5
     if manifest.parity.gradient_error > manifest.parity.gate:
         assert manifest.parity.eager_float32_error is not None
