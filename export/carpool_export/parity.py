@@ -152,8 +152,7 @@ def measure_embed(
     program: LoadedProgram, reference: Reference, theta: Tensor, batch: Batch
 ) -> Measured:
     """Compares the embeddings alone: they are of longer texts, too."""
-    values = {"theta": theta, **reference.corpus, **batch.packed()}
-    (embeddings,) = program.call("embed", values)
+    (embeddings,) = program.call("embed", _inputs(reference, theta, batch))
     with torch.no_grad():
         return Measured(embed=relative_error(embeddings, reference.embed(theta, batch)))
 

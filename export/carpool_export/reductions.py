@@ -29,17 +29,18 @@ def row_sum(values: Tensor, *, scale: float = 1.0) -> Tensor:
 
 @functools.cache
 def _ones(length: int, scale: float) -> Tensor:
-    return _constant(np.full((length, 1), scale, dtype=np.float32))
+    return constant(np.full((length, 1), scale, dtype=np.float32))
 
 
 @functools.cache
 def _every_sixteenth(length: int) -> Tensor:
     eye = np.eye(_PARTS, dtype=np.float32)
-    return _constant(np.tile(eye, (-(-length // _PARTS), 1))[:length].copy())
+    return constant(np.tile(eye, (-(-length // _PARTS), 1))[:length].copy())
 
 
-def _constant(array: NDArray[np.float32]) -> Tensor:
+def constant(array: NDArray[np.float32]) -> Tensor:
+    """A factor of a product, also while a function is traced."""
     # here, because what lowers uses these sums itself
-    from carpool_export.lowering.private.tracing import constant  # noqa: PLC0415
+    from carpool_export.lowering.private.tracing import constant as make  # noqa: PLC0415
 
-    return constant(array)
+    return make(array)

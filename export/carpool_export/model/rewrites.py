@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from carpool_export.model.attention import Attending, packed_attention
+from carpool_export.reductions import constant
 
 
 @contextlib.contextmanager
@@ -61,8 +62,7 @@ def _rotate_half(values: Tensor) -> Tensor:
 def _rotation(width: int) -> Tensor:
     half = np.eye(width // 2, dtype=np.float32)
     zero = np.zeros_like(half)
-    # not made by torch: while a function is traced, that would be a step of it
-    return torch.from_numpy(np.block([[zero, -half], [half, zero]]))
+    return constant(np.block([[zero, -half], [half, zero]]))
 
 
 @contextlib.contextmanager

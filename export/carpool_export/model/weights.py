@@ -56,7 +56,7 @@ class _Matrix:
 
 def round_to_int8(model: PreTrainedModel) -> None:
     """Rounds the model's matrices in place; doing it again changes nothing."""
-    for _, parameter, scale_per in _matrices(model):
+    for parameter, scale_per in _matrices(model):
         with torch.no_grad():
             parameter.copy_(torch.from_numpy(_rounded(parameter, scale_per).expanded()))
 
@@ -78,7 +78,7 @@ def pack_program(
     """
     eights = _aligned(program)
     found: dict[int, tuple[WeightSegment, bytes]] = {}
-    for _, parameter, scale_per in _matrices(model):
+    for parameter, scale_per in _matrices(model):
         matrix = _rounded(parameter, scale_per)
         runs = list(_runs(program, eights, matrix)) or list(
             _runs(program, eights, matrix.transposed())
@@ -97,16 +97,16 @@ def pack_program(
 
 def _matrices(
     model: PreTrainedModel,
-) -> Iterator[tuple[str, Tensor, Literal["row", "column"]]]:
+) -> Iterator[tuple[Tensor, Literal["row", "column"]]]:
     """Each matrix once, and along what its output channels lie."""
     seen: set[int] = set()
-    for owner, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
             big = parameter.dim() == 2 and parameter.numel() >= _MIN_VALUES  # noqa: PLR2004  a matrix
             if big and id(parameter) not in seen:
                 seen.add(id(parameter))
                 column = isinstance(module, Conv1D)
-                yield f"{owner}.{name}", parameter, "column" if column else "row"
+                yield parameter, "column" if column else "row"
 
 
 def _rounded(parameter: Tensor, scale_per: Literal["row", "column"]) -> _Matrix:
@@ -155,10 +155,9 @@ def _longest_run(program: bytes, eights: NDArray[np.int64], weights: Floats) -> 
     stride = 4 * weights.shape[1]
     # A row of zeros (a padding token's) stands in many places: look for one that is not.
     anchor = next((row for row, values in enumerate(weights) if values.any()), 0)
-    wanted = weights[0 if (anchor * stride) % _ALIGNMENT else anchor :].tobytes()
     best = (0, 0)
     start = anchor if (anchor * stride) % _ALIGNMENT == 0 else 0
-    key: Any = np.frombuffer(wanted[:8], dtype=np.int64)[0]
+    key: Any = weights[start:].ravel()[:2].view(np.int64)[0]
     for place in np.flatnonzero(eights == key).tolist():
         offset = _ALIGNMENT * place - start * stride
         if offset < 0:

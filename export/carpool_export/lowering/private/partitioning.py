@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import heapq
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from executorch.exir import lowered_backend_module
@@ -84,7 +84,7 @@ def _order(graph_module: GraphModule) -> None:
 
 def _duplicate_constant_node(program: ExportedProgram, name: str) -> Any:  # noqa: ANN401  same
     """Without checking and compiling the whole graph for each constant; both happen later."""
-    with _replaced((ExportedProgram, "_validate", _nothing), (GraphModule, "recompile", _nothing)):
+    with replaced((ExportedProgram, "_validate", _nothing), (GraphModule, "recompile", _nothing)):
         return _DUPLICATE(program, name)
 
 
@@ -97,7 +97,7 @@ def _unchanged(graph_module: GraphModule) -> GraphModule:
 
 
 @contextlib.contextmanager
-def _replaced(*replacements: tuple[Any, str, Callable[..., Any] | type]) -> Iterator[None]:
+def replaced(*replacements: tuple[Any, str, object]) -> Iterator[None]:
     """Attributes with other values, while it is open."""
     saved = [(owner, name, getattr(owner, name)) for owner, name, _ in replacements]
     for owner, name, value in replacements:
@@ -111,7 +111,7 @@ def _replaced(*replacements: tuple[Any, str, Callable[..., Any] | type]) -> Iter
 
 def fast_partitioning() -> contextlib.AbstractContextManager[None]:
     """The patches, while it is open; not for several threads."""
-    return _replaced(
+    return replaced(
         (group_partitioner, "_DependencyViewer", _Downstream),
         (group_partitioner.GroupBasedPartitioner, "_can_merge_partitions", _can_merge_partitions),
         (lowered_backend_module, "legalize_graph", _unchanged),

@@ -28,7 +28,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
-from carpool_export.lowering.private.partitioning import fast_partitioning
+from carpool_export.lowering.private.partitioning import fast_partitioning, replaced
 
 
 class _OnePass(XNNPACKPassManager):  # type: ignore[misc]  # executorch has no types
@@ -158,17 +158,15 @@ def _fewer_collections() -> Iterator[None]:
 @contextlib.contextmanager
 def fast_lowering() -> Iterator[None]:
     """The patches, and no stack traces in nodes, while it is open; not for several threads."""
-    pass_manager, set_meta = xnnpack_preprocess.XNNPACKPassManager, fx_traceback.set_current_meta
-    no_traces = torch.fx.config.do_not_emit_stack_traces
-    ExportedProgram.run_decompositions = _decompose_mutations  # type: ignore[method-assign]
-    xnnpack_preprocess.XNNPACKPassManager = _OnePass
-    fx_traceback.set_current_meta = _meta_with_one_source
-    torch.fx.config.do_not_emit_stack_traces = True
-    try:
-        with _skipping_passes(), fast_partitioning(), _fewer_collections():
-            yield
-    finally:
-        ExportedProgram.run_decompositions = _DECOMPOSE  # type: ignore[method-assign]
-        xnnpack_preprocess.XNNPACKPassManager = pass_manager
-        fx_traceback.set_current_meta = set_meta
-        torch.fx.config.do_not_emit_stack_traces = no_traces
+    with (
+        replaced(
+            (ExportedProgram, "run_decompositions", _decompose_mutations),
+            (xnnpack_preprocess, "XNNPACKPassManager", _OnePass),
+            (fx_traceback, "set_current_meta", _meta_with_one_source),
+            (torch.fx.config, "do_not_emit_stack_traces", True),
+        ),
+        _skipping_passes(),
+        fast_partitioning(),
+        _fewer_collections(),
+    ):
+        yield
