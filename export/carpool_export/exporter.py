@@ -113,7 +113,13 @@ def export_bundle(
         methods = describe_methods(functions, bounds)
         path = staging / PROGRAM_NAME
         to_lower = methods_to_lower(functions, methods)
-        path.write_bytes(lower(to_lower, progress=announce, etrecord=settings.etrecord))
+        lowered = lower(
+            to_lower,
+            progress=announce,
+            longest_sum=encoder.longest_sum,
+            etrecord=settings.etrecord,
+        )
+        path.write_bytes(lowered)
         program = LoadedProgram(path, methods)
         announce(STAGES[5])
         corpus = _corpus(program, functions, source, documents, settings=settings)

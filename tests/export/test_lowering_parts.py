@@ -255,6 +255,40 @@ def test_linear_moves_before_the_view_that_flattens_for_it() -> None:
     assert torch.equal(program.module()(x), flattened_linear(x))
 
 
+LONG = torch.randn(5, 24, generator=torch.Generator().manual_seed(4))
+
+
+def long_sums(x: Tensor) -> Tensor:
+    """Forward with a bias and the backward product, as they are traced: one matrix, twice."""
+    y = functional.linear((x * 2.0).view(1, -1, 24), LONG, LONG[:, 0].clone())
+    return torch.mm(y.view(-1, 5), LONG)
+
+
+def test_long_sums_by_a_frozen_matrix_become_short_ones() -> None:
+    """Four runs of six; the backward pass reads the transposed matrix, the only one left."""
+    x = torch.randn(3, 24, generator=torch.Generator().manual_seed(5))
+    module = make_fx(long_sums, tracing_mode="symbolic", _allow_non_fake_inputs=True)(x)
+    passes.run_passes(module)
+    expected = module(x)
+    assert passes.split_long_sums(module, longest=7) == 2
+    module.graph.lint()
+    module.recompile()
+    torch.testing.assert_close(module(x), expected)
+    products = [node for node in module.graph.nodes if node.target is PRODUCT]
+    assert [product.args[1].meta["val"].shape for product in products] == [(4, 6, 5)]
+    (backward,) = [n for n in module.graph.nodes if n.target is aten.linear.default]
+    assert torch.equal(getattr(module, backward.args[1].target), LONG.T)
+    assert passes.split_long_sums(module, longest=7) == 0
+
+
+@pytest.mark.parametrize(
+    ("width", "found"), [(96, 1), (97, 1), (192, 2), (576, 6), (1536, 16), (100, 2), (388, 1)]
+)
+def test_pieces_are_equal_and_not_too_many(width: int, found: int) -> None:
+    """A width that only divides into far more pieces than needed stays whole."""
+    assert passes.pieces(width, longest=96) == found
+
+
 def test_size_known_at_run_time_is_inferred() -> None:
     """One unknown size of a view becomes -1, and other sizes still run."""
     program = flat_program(lambda x: x.view(x.shape[0], 2, 3) * 1.0, torch.ones(5, 6), dynamic=True)

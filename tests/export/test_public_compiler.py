@@ -53,6 +53,47 @@ def test_program_through_a_frozen_network_equals_eager(tmp_path: Path) -> None:
         assert relative_error(found, expected) <= 2e-6
 
 
+WIDE = torch.rand(48, 2048, generator=torch.Generator().manual_seed(6))
+
+
+def wide_gradient(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A long sum of positive numbers, and back through it."""
+    x = x.detach().requires_grad_()
+    y = torch.nn.functional.linear(x, WIDE.to(x.dtype))
+    return y, torch.autograd.grad(y.square().sum(), x)[0]
+
+
+def test_short_sums_round_less_and_cost_no_bytes(tmp_path: Path) -> None:
+    """Against float64, at other sizes than the example's; the matrix is stored once."""
+    programs = {}
+    for longest_sum in (None, 64):
+        path = tmp_path / f"{longest_sum}.pte"
+        shapes = ({0: Dim("rows", min=1, max=32)},)
+        path.write_bytes(
+            lower_gradient_program(
+                wide_gradient, (torch.ones(7, 2048),), shapes, longest_sum=longest_sum
+            )
+        )
+        specs = (TensorSpec(name="x", dtype="float32", shape=(1,)),)
+        methods = {"forward": Method(bounds={}, inputs=specs, outputs=())}
+        programs[longest_sum] = LoadedProgram(path, methods)
+    sizes = [path.stat().st_size for path in tmp_path.iterdir()]
+    assert max(sizes) - min(sizes) < 10_000 < 4 * WIDE.numel()
+    generator = torch.Generator().manual_seed(7)
+    for rows in (1, 32, 5):
+        x = torch.rand(rows, 2048, generator=generator)
+        exact = wide_gradient(x.double())
+        plain, short = (
+            [
+                relative_error(found, expected)
+                for found, expected in zip(program.call("forward", {"x": x}), exact, strict=True)
+            ]
+            for program in programs.values()
+        )
+        assert short[0] < plain[0] / 2
+        assert max(short) <= 2e-6
+
+
 def test_what_cannot_be_lowered_and_shapes_that_do_not_fit_are_said() -> None:
     """The reason in one line; one shape per input."""
     with pytest.raises(ExportError, match=r"^the program could not be lowered: "):

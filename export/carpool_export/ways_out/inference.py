@@ -136,6 +136,7 @@ def freeze(
     data = lower(
         {name: _to_lower(getattr(search, name), method) for name, method in methods.items()},
         progress=lambda _: None,
+        longest_sum=encoder.longest_sum,
     )
     reference = Reference(
         model=eager.double(),

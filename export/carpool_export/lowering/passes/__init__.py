@@ -15,6 +15,7 @@ from carpool_export.lowering.passes.products import (
     products_before_view,
     products_to_linear,
 )
+from carpool_export.lowering.passes.sums import pieces, split_long_sums
 from carpool_export.lowering.passes.tidy import (
     drop_identities,
     infer_one_size,
@@ -24,7 +25,7 @@ from carpool_export.lowering.passes.tidy import (
     share_common_subexpressions,
 )
 
-__all__ = ["PASSES", "Pass", "run_passes"]
+__all__ = ["PASSES", "Pass", "pieces", "run_passes", "split_long_sums"]
 
 PASSES: tuple[Pass, ...] = (
     drop_identities,

@@ -11,12 +11,16 @@ from executorch.backends.xnnpack.operators.node_visitor import (
 )
 from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
 from executorch.backends.xnnpack.partition.config.gemm_configs import GEMMConfig, LinearConfig
+from executorch.backends.xnnpack.partition.config.generic_node_configs import (
+    GenericNodePartitionerConfig,
+)
 from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.backends.xnnpack.serialization.xnnpack_graph_schema import (
     XNNBatchMatrixMultiply,
     XNNFullyConnected,
     XNNGraph,
+    XNNStaticSlice,
     XNode,
 )
 from executorch.backends.xnnpack.utils.utils import is_param_node
@@ -109,6 +113,41 @@ class _ProductVisitor(NodeVisitor):  # type: ignore[misc]  # executorch has no t
         xnn_graph.xnodes.append(XNode(xnode_union=call, debug_handle=debug_handle))
 
 
+class _Part(GenericNodePartitionerConfig):  # type: ignore[misc]  # no types
+    """``carpool::part``."""
+
+    target_name = "part.default"
+
+    def supported_precision_types(self) -> list[ConfigPrecisionType]:
+        """Float32 alone."""
+        return [ConfigPrecisionType.FP32]
+
+
+@register_node_visitor
+class _PartVisitor(NodeVisitor):  # type: ignore[misc]  # executorch has no types
+    """A slice whose other sizes are inferred (0): ExecuTorch's own writes them all down."""
+
+    target = "carpool.part.default"
+
+    def define_node(
+        self, node: Node, xnn_graph: XNNGraph, vals_to_ids: dict[Node, int], debug_handle: int
+    ) -> None:
+        """Adds the node to XNNPACK's graph."""
+        self.define_nodes_tensor_inputs_outputs(node, xnn_graph, vals_to_ids)
+        operands: Any = node.args  # fx types them as nearly anything
+        matrices, place = operands
+        rank = matrices.meta["val"].dim()
+        call = XNNStaticSlice(
+            num_dims=rank,
+            offsets=[place] + [0] * (rank - 1),
+            sizes=[1] + [0] * (rank - 1),
+            input_id=vals_to_ids[matrices],
+            output_id=vals_to_ids[node],
+            flags=0,
+        )
+        xnn_graph.xnodes.append(XNode(xnode_union=call, debug_handle=debug_handle))
+
+
 class _KeepsEveryLinear(XnnpackPartitioner):  # type: ignore[misc]  # executorch has no types
     """Keeps ``linear`` whole without asking of each: here every one can be taken.
 
@@ -124,4 +163,4 @@ def partitioner() -> XnnpackPartitioner:
     """XNNPACK with every stock operator, and products by values that are not constants."""
     replaced = ("linear.default", "addmm.default", "mm.default")
     stock = [config for config in ALL_PARTITIONER_CONFIGS if config.target_name not in replaced]
-    return _KeepsEveryLinear(configs=[*stock, _RuntimeWeightLinear, _Matmul, _Product])
+    return _KeepsEveryLinear(configs=[*stock, _RuntimeWeightLinear, _Matmul, _Product, _Part])
