@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
+from carpool.licences import NOT_STATED, spdx_expression
 from carpool.schema import Model, Sha256, canonical_id
 from carpool.theta import Layout
 
-SCHEMA_VERSION: Literal[3] = 3
+SCHEMA_VERSION: Literal[4] = 4
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 """A plain name inside the bundle's folder: no directory, no leading dot."""
+
+
+def _refuse_other_spelling(licence: str) -> str:
+    if licence != (canonical := spdx_expression(licence)):
+        raise ValueError(f"expected {canonical!r}, got {licence!r}")
+    return licence
 
 
 class FileEntry(Model):
@@ -335,14 +342,31 @@ class Golden(Model):
     embed_tolerance: PositiveFloat
 
 
+class ParityCase(Model):
+    """Where the exporter's gate compared gradients, and what it found.
+
+    Attributes:
+        batch: rows.
+        length: tokens of the longest row.
+        documents: in the catalogue.
+        gradient_error: plain or clipped, the larger.
+        eager_float32_error: eager PyTorch's own in float32, in the same place, where the program's
+            was above the gate.
+    """
+
+    batch: PositiveInt
+    length: PositiveInt
+    documents: PositiveInt
+    gradient_error: Annotated[float, Field(ge=0)]
+    eager_float32_error: PositiveFloat | None
+
+
 class Parity(Model):
-    """What the exporter's gate measured: the largest error over all shapes it tried.
+    """What the exporter's gate measured: the largest errors, and the gradient's case by case.
 
     Errors are shares of the largest eager value; the loss's of 1, where eager is less; the
     trajectory's, of theta after ``trajectory_steps`` training steps from zero, of the longest way
-    that one of its values went. ``eager_float32_error`` is the largest gradient error of eager
-    PyTorch in float32 over the shapes at which the program's was above the gate, and null where
-    it never was. ``shapes`` are (batch, length) pairs.
+    that one of its values went.
     """
 
     gate: PositiveFloat
@@ -352,25 +376,45 @@ class Parity(Model):
     embed_error: Annotated[float, Field(ge=0)]
     trajectory_error: Annotated[float, Field(ge=0)]
     trajectory_steps: PositiveInt
-    eager_float32_error: PositiveFloat | None
-    shapes: tuple[tuple[PositiveInt, PositiveInt], ...]
+    cases: tuple[ParityCase, ...]
 
 
 class Licence(Model):
-    """Whose terms a part of the bundle stands under, and the notice to reproduce."""
+    """Whose terms a part of the bundle stands under, and the notice to reproduce.
+
+    Attributes:
+        applies_to: which files, in words.
+        licence: an SPDX expression; ``LicenseRef-NAME`` for what SPDX does not list,
+            ``NOASSERTION`` where nobody states it.
+        revision: of what went in: a hub commit, or a package and its version; None where it has
+            none.
+        notice: to reproduce with every copy.
+    """
 
     applies_to: str
-    licence: str
+    licence: Annotated[str, AfterValidator(_refuse_other_spelling)]
+    revision: str | None
     notice: str
 
 
-def licences_of_documents(notices: Iterable[str]) -> tuple[Licence, ...]:
-    """An entry for each text that must go with the catalogue's files."""
+def licences_of_documents(
+    notices: Sequence[str], *, licence: str | None = None
+) -> tuple[Licence, ...]:
+    """An entry for each text that must go with the catalogue's files, or one without a text.
+
+    Args:
+        notices: the texts; several where documents come from several places.
+        licence: an SPDX expression, if somebody states one.
+    """
+    stated = licence or ("LicenseRef-notice" if notices else NOT_STATED)
     return tuple(
         Licence(
-            applies_to="documents.jsonl, corpus.safetensors", licence="see notice", notice=notice
+            applies_to="documents.jsonl, corpus.safetensors",
+            licence=stated,
+            revision=None,
+            notice=notice,
         )
-        for notice in notices
+        for notice in notices or ("",)
     )
 
 
@@ -385,7 +429,7 @@ class Signature(Model):
 class Manifest(Model):
     """Everything about a bundle. Its id is the hash of all this but the signature."""
 
-    schema_version: Literal[3] = SCHEMA_VERSION
+    schema_version: Literal[4] = SCHEMA_VERSION
     carpool_version: str
     preset: str
     model: SourceModel

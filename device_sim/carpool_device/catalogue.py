@@ -30,6 +30,7 @@ def add_documents(
     *,
     theta_path: Path | None = None,
     notices: Sequence[str] = (),
+    licence: str | None = None,
 ) -> Bundle:
     """A bundle with more documents behind those of another; its old scores stay as they are.
 
@@ -47,6 +48,7 @@ def add_documents(
         theta_path: a theta that was trained for the old bundle, to ship in the new one; without
             it the old one's own is.
         notices: texts that must go with the new documents.
+        licence: of the new documents, an SPDX expression as ``carpool.licences`` spells it.
 
     Raises:
         BundleError: the bundle is damaged, or its program is for one catalogue alone.
@@ -100,7 +102,7 @@ def add_documents(
         fields |= {
             "layout": layout,
             "documents": documents,
-            "licences": (*manifest.licences, *licences_of_documents(notices)),
+            "licences": (*manifest.licences, *licences_of_documents(notices, licence=licence)),
         }
         return finish_bundle(staging, destination, fields)
 

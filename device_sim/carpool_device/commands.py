@@ -19,6 +19,7 @@ from carpool.data.corpus import read_notice
 from carpool.data.dataset import Dataset
 from carpool.errors import ConfigError
 from carpool.files import make_folder, sha256_of_file, write_atomically
+from carpool.licences import stated_licence
 from carpool.progress import progress
 
 # The runtime takes seconds to import, so each command does it itself, when it is run.
@@ -74,6 +75,9 @@ def add_documents(
         list[Path] | None,
         typer.Option(help="A text that must go with the new documents. Repeatable."),
     ] = None,
+    documents_licence: Annotated[
+        str | None, typer.Option(help="The new documents' licence (SPDX).")
+    ] = None,
 ) -> None:
     """Write a bundle with more documents: no export, no training, the same program.
 
@@ -82,7 +86,14 @@ def add_documents(
     from carpool_device import catalogue  # noqa: PLC0415
 
     notices = [read_notice(path) for path in notice or []]
-    made = catalogue.add_documents(bundle, documents, out, theta_path=theta, notices=notices)
+    made = catalogue.add_documents(
+        bundle,
+        documents,
+        out,
+        theta_path=theta,
+        notices=notices,
+        licence=stated_licence("--documents-licence", documents_licence),
+    )
     typer.echo(f"{out}: bundle {made.id}, {made.manifest.documents.count:,} documents")
 
 

@@ -104,7 +104,12 @@ def export(
         ),
     ] = "float32",
     model_licence: Annotated[
-        str | None, typer.Option(help="The model's licence, where its card states none.")
+        str | None,
+        typer.Option(help="The model's licence (SPDX), where its card states none."),
+    ] = None,
+    documents_licence: Annotated[
+        str | None,
+        typer.Option(help="The documents' licence (SPDX); NOASSERTION where there is none."),
     ] = None,
     notice: Annotated[
         list[Path] | None,
@@ -154,6 +159,7 @@ def export(
         scales=dict(_parse_scale(text) for text in scale or []),
         weights=weights,  # type: ignore[arg-type]  # checked there
         licence=model_licence,
+        documents_licence=documents_licence,
         notices=tuple(read_notice(path) for path in notice or []),
         etrecord=etrecord,
     )

@@ -15,6 +15,7 @@ from carpool.bundle import Bundle, finish_bundle, staging_folder
 from carpool.bundle import manifest as schema
 from carpool.data.corpus import Document, read_documents, read_notice
 from carpool.errors import ExportError
+from carpool.licences import NOT_STATED, stated_licence
 from carpool_export.bundle_files import (
     PROGRAM_NAME,
     FinishedExport,
@@ -23,6 +24,7 @@ from carpool_export.bundle_files import (
     write_files,
 )
 from carpool_export.corpus import embed_passages, load_tokenizer, principal_directions
+from carpool_export.gate import check_parity, gate_shapes
 from carpool_export.gate_texts import GateTexts
 from carpool_export.lowering import lower
 from carpool_export.methods import (
@@ -38,7 +40,6 @@ from carpool_export.model import (
     build_encoder,
     load_model,
 )
-from carpool_export.parity import GRADIENT_GATE, TRAJECTORY_STEPS, check_parity, gate_shapes
 from carpool_export.program import StepFunctions
 from carpool_export.reference import Reference
 from carpool_export.runner import LoadedProgram
@@ -132,7 +133,7 @@ def export_bundle(
             corpus=corpus,
         )
         shapes = gate_shapes(max_batch=settings.max_batch, max_length=settings.max_length)
-        measured = check_parity(
+        parity = check_parity(
             program,
             reference,
             texts=GateTexts(
@@ -155,17 +156,6 @@ def export_bundle(
             settings=settings,
         )
         write_files(staging, finished)
-        parity = schema.Parity(
-            gate=GRADIENT_GATE,
-            gradient_error=measured.gradient,
-            scores_error=measured.scores,
-            loss_error=measured.loss,
-            embed_error=measured.embed,
-            trajectory_error=measured.trajectory,
-            trajectory_steps=TRAJECTORY_STEPS,
-            eager_float32_error=measured.rounding or None,
-            shapes=tuple(shapes),
-        )
         fields = manifest_fields(finished) | {"parity": parity, "licences": licences}
         if weights == "int8":
             fields["program"] = pack_weights(staging, fields["program"], packed)
@@ -234,23 +224,31 @@ def _check_settings(settings: ExportSettings, source: ModelSource, *, num_docume
 def _licences(
     source: ModelSource, documents_path: Path, settings: ExportSettings
 ) -> tuple[schema.Licence, ...]:
-    licence = settings.licence or source.licence
+    licence = stated_licence("--model-licence", settings.licence) or source.licence
     if licence is None:
         raise ExportError(
-            f"{source.folder}: the model card states no licence. "
-            "Find out what it is and pass it with --model-licence."
+            f"{source.folder}: the model card states no licence. Find out what it is and pass it "
+            f"with --model-licence, or accept that with --model-licence {NOT_STATED}."
         )
     beside = documents_path.parent / "NOTICE"
     notices = settings.notices
     if not notices and beside.is_file():
         notices = (read_notice(beside),)
+    of_documents = stated_licence("--documents-licence", settings.documents_licence)
+    if of_documents is None and not notices:
+        raise ExportError(
+            f"{documents_path}: nothing states the documents' licence. Put a text that must go "
+            "with them into a file NOTICE beside it, or pass --documents-licence (an SPDX "
+            f"expression; {NOT_STATED} where there is none to state)."
+        )
     model = schema.Licence(
         applies_to=f"{source.name} (weights in {PROGRAM_NAME}; tokenizer.json)",
         licence=licence,
+        revision=source.revision,
         notice=f"{source.name}, licence {licence} as its model card states; "
         f"weights {_CHANGES[settings.weights]}, compiled into {PROGRAM_NAME}.",
     )
-    return (model, *schema.licences_of_documents(notices))
+    return (model, *schema.licences_of_documents(notices, licence=of_documents))
 
 
 _CHANGES = {"float32": "unchanged", "int8": "rounded to int8 per channel"}

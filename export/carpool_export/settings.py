@@ -28,7 +28,8 @@ class ExportSettings:
         max_documents: of the catalogue, where the head takes any number.
         scales: by segment of theta, instead of the preset's.
         weights: float32, or int8 per channel for a bundle of about a third.
-        licence: of the model, instead of what its model card states.
+        licence: of the model, an SPDX expression, instead of what its model card states.
+        documents_licence: likewise of the documents.
         notices: texts that must go with the documents; ``NOTICE`` beside their file if empty.
         etrecord: where ExecuTorch's record of the lowering goes; none is kept if None.
     """
@@ -46,5 +47,6 @@ class ExportSettings:
     scales: Mapping[str, float] = dataclasses.field(default_factory=dict)
     weights: Weights = "float32"
     licence: str | None = None
+    documents_licence: str | None = None
     notices: tuple[str, ...] = ()
     etrecord: Path | None = None

@@ -19,6 +19,7 @@ from carpool.bundle.manifest import (
     Licence,
     Method,
     Parity,
+    ParityCase,
     Program,
     Range,
     RuntimeRange,
@@ -138,10 +139,19 @@ def manifest_fields() -> dict[str, Any]:
             embed_error=0.0,
             trajectory_error=0.0,
             trajectory_steps=20,
-            eager_float32_error=None,
-            shapes=((1, 2),),
+            cases=(
+                ParityCase(
+                    batch=1,
+                    length=2,
+                    documents=7,
+                    gradient_error=0.0,
+                    eager_float32_error=None,
+                ),
+            ),
         ),
-        "licences": (Licence(applies_to="documents", licence="CC0-1.0", notice="für alle"),),
+        "licences": (
+            Licence(applies_to="documents", licence="CC0-1.0", revision=None, notice="für alle"),
+        ),
     }
 
 

@@ -193,12 +193,12 @@ def test_a_key_that_stands_twice_is_refused(make_bundle: MakeBundle) -> None:
     assert refusal(bundle.path) == f"{path}: expected JSON, got: the key 'min' twice in one object"
 
 
-@pytest.mark.parametrize("version", [1, 2, 4, "3", None])
+@pytest.mark.parametrize("version", [1, 3, 5, "4", None])
 def test_another_schema_version_is_refused(make_bundle: MakeBundle, version: object) -> None:
     """Before anything else of the manifest is read."""
     path = rewrite(make_bundle(), lambda content: content.update(schema_version=version, new=1))
     assert refusal(path.parent) == (
-        f"{path}: expected schema version 3, got {version!r}. Export the bundle again with this "
+        f"{path}: expected schema version 4, got {version!r}. Export the bundle again with this "
         "version of carpool, or use the version it came from."
     )
 
@@ -207,7 +207,7 @@ def test_a_manifest_that_is_a_list_is_refused(make_bundle: MakeBundle) -> None:
     """JSON, but no object."""
     bundle = make_bundle()
     (bundle.path / "manifest.json").write_text("[]")
-    assert "expected schema version 3, got None" in refusal(bundle.path)
+    assert "expected schema version 4, got None" in refusal(bundle.path)
 
 
 def test_an_unknown_manifest_field_is_refused(make_bundle: MakeBundle) -> None:

@@ -288,8 +288,7 @@ def manifest_fields() -> dict[str, Any]:
             "embed_error": 0.0,
             "trajectory_error": 0.0,
             "trajectory_steps": 20,
-            "eager_float32_error": None,
-            "shapes": [(3, 5)],
+            "cases": [],
         },
         "licences": [],
     }

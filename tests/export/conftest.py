@@ -84,6 +84,7 @@ def tiny_documents(tmp_path: Path) -> Path:
         for i in range(9)
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "NOTICE").write_text("Written for a test.")
     return path
 
 

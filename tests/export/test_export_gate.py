@@ -14,17 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from carpool.bundle import Bundle
 from carpool.errors import ExportError, ParityError
-from carpool_export import parity, program
+from carpool_export import gate, program
 from carpool_export.exporter import STAGES, export_bundle
+from carpool_export.gate import check_parity, gate_shapes
 from carpool_export.gate_texts import GateTexts
 from carpool_export.lowering import decompositions
 from carpool_export.model import Packing, loading
-from carpool_export.parity import (
-    check_parity,
-    gate_shapes,
-    measure_trajectory,
-    relative_error,
-)
+from carpool_export.parity import measure_trajectory, random_batch, relative_error
 from carpool_export.program import StepFunctions
 from carpool_export.runner import LoadedProgram
 from carpool_export.settings import ExportSettings
@@ -48,7 +44,6 @@ def test_tiny_model_becomes_a_bundle(
     tiny_model: Path, tiny_documents: Path, tmp_path: Path, preset: str
 ) -> None:
     """Other sizes than MiniLM's: nine documents, so the core's rank is lowered to nine."""
-    (tmp_path / "NOTICE").write_text("Written for a test.")
     bundle, stages = export(
         tiny_model, tiny_documents, tmp_path / "bundle", kinds=PRESETS[preset], scales={}
     )
@@ -152,7 +147,7 @@ def test_wrong_program_is_not_written(  # noqa: PLR0917  fixtures
         r"written; this model cannot be exported as it is\.$",
     ):
         export(tiny_model, tiny_documents, tmp_path / "bundle")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["documents.jsonl", "tiny"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["NOTICE", "documents.jsonl", "tiny"]
 
 
 def test_gate_refuses_a_program_of_another_function(small: Case) -> None:
@@ -213,7 +208,7 @@ def test_a_trajectory_ends_where_eager_does_and_not_elsewhere(small: Case) -> No
     right = measure_trajectory(small.program, small.reference, batches).trajectory
     other = dataclasses.replace(small.reference, logit_scale=20.02)
     wrong = measure_trajectory(small.program, other, batches).trajectory
-    assert 0 < right <= parity.TRAJECTORY_GATE < wrong
+    assert 0 < right <= gate.TRAJECTORY_GATE < wrong
 
 
 def test_gate_rows_are_text_of_the_lengths_asked_for(small: Case) -> None:
@@ -304,7 +299,7 @@ def test_runner_refuses_too_few_inputs(small_bundle: Path) -> None:
 
 def test_random_batches_have_padding_and_a_row_without_weight() -> None:
     """What the gate claims to try, it tries."""
-    batch = parity.random_batch(batch=5, length=33, vocabulary=100, num_documents=7, seed=0)
+    batch = random_batch(batch=5, length=33, vocabulary=100, num_documents=7, seed=0)
     assert batch.example_weights[-1] == 0
     assert int(batch.attention_mask.sum(1).min()) < 33
     assert float(batch.example_weights.sum()) == pytest.approx(1.0)

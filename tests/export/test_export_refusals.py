@@ -16,7 +16,7 @@ from transformers import AutoConfig
 from typer import Typer
 from typer.testing import CliRunner
 
-from carpool.errors import BundleError, CarpoolError, CorpusError, ExportError
+from carpool.errors import BundleError, CarpoolError, ConfigError, CorpusError, ExportError
 from carpool_export.commands import register
 from carpool_export.exporter import export_bundle
 from carpool_export.settings import ExportSettings
@@ -382,9 +382,48 @@ def test_unstated_licence_is_refused(
             announce=announce_nothing,
         )
     assert str(error.value) == (
-        f"{tiny_model}: the model card states no licence. "
-        "Find out what it is and pass it with --model-licence."
+        f"{tiny_model}: the model card states no licence. Find out what it is and pass it with "
+        "--model-licence, or accept that with --model-licence NOASSERTION."
     )
+
+
+def test_documents_without_a_licence_are_refused(
+    tiny_model: Path, tiny_documents: Path, tmp_path: Path
+) -> None:
+    """They are shipped too; before any work."""
+    (tmp_path / "NOTICE").unlink()
+    with pytest.raises(ExportError) as error:
+        export_bundle(
+            str(tiny_model),
+            tiny_documents,
+            tmp_path / "bundle",
+            ExportSettings(max_length=16, document_length=16),
+            announce=announce_nothing,
+        )
+    assert str(error.value) == (
+        f"{tiny_documents}: nothing states the documents' licence. Put a text that must go with "
+        "them into a file NOTICE beside it, or pass --documents-licence (an SPDX expression; "
+        "NOASSERTION where there is none to state)."
+    )
+
+
+@pytest.mark.parametrize("option", ["licence", "documents_licence"])
+def test_a_licence_that_is_none_is_named(
+    tiny_model: Path, tiny_documents: Path, tmp_path: Path, option: str
+) -> None:
+    """With what to write instead."""
+    name = "--model-licence" if option == "licence" else "--documents-licence"
+    with pytest.raises(
+        ConfigError,
+        match=rf"^{name}: expected an SPDX expression .*, LicenseRef-NAME .*, got 'Apache'\.$",
+    ):
+        export_bundle(
+            str(tiny_model),
+            tiny_documents,
+            tmp_path / "bundle",
+            ExportSettings(max_length=16, document_length=16, **{option: "Apache"}),  # type: ignore[arg-type]
+            announce=announce_nothing,
+        )
 
 
 def test_malformed_documents_are_refused_with_their_line(tiny_model: Path, tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ def test_manifest_says_what_is_in_the_bundle(case: Case) -> None:
     bounds = manifest.program.methods["gradients"].bounds
     assert (bounds["batch"].max, bounds["length"].max, bounds["tokens"].max) == (8, 64, 512)
     assert manifest.program.values_per_document == int(manifest.preset == "small")
-    assert [entry.licence for entry in manifest.licences] == ["apache-2.0", "see notice"]
+    assert [entry.licence for entry in manifest.licences] == ["Apache-2.0", "LicenseRef-notice"]
     assert "MITRE" in manifest.licences[1].notice
     assert manifest.parity.gradient_error <= manifest.parity.gate == BAR
     assert not case.bundle.initial_theta().any()

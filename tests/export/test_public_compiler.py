@@ -21,6 +21,8 @@ from carpool_export.runner import LoadedProgram
 FROZEN = torch.nn.Sequential(
     torch.nn.Linear(4, 8), torch.nn.SiLU(), torch.nn.LayerNorm(8), torch.nn.Linear(8, 1)
 ).requires_grad_(requires_grad=False)
+for place, parameter in enumerate(FROZEN.parameters()):
+    parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(place)))
 
 
 def penalty_gradient(theta: Tensor, x: Tensor) -> Tensor:
@@ -60,7 +62,7 @@ def wide_gradient(x: Tensor) -> tuple[Tensor, Tensor]:
     """A long sum of positive numbers, and back through it."""
     x = x.detach().requires_grad_()
     y = torch.nn.functional.linear(x, WIDE.to(x.dtype))
-    return y, torch.autograd.grad(y.square().sum(), x)[0]
+    return y.detach(), torch.autograd.grad(y.square().sum(), x)[0]
 
 
 def test_short_sums_round_less_and_cost_no_bytes(tmp_path: Path) -> None:

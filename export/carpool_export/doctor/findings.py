@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import chain
 
+from carpool.licences import NOT_STATED
 from carpool_export.doctor import android
 from carpool_export.doctor.render import duration, size
 from carpool_export.doctor.report import (
@@ -231,3 +232,11 @@ def _licences(bundle: BundleReport) -> Iterator[Finding]:
             why="Whoever ships the bundle must know whose terms it stands under.",
             do="Export again with --model-licence, and --notice for the documents.",
         )
+    for licence in bundle.licences:
+        if licence.licence == NOT_STATED:
+            yield Finding(
+                severity="warning",
+                what=f"{licence.applies_to}: nobody states the licence.",
+                why="Whoever ships the bundle must know whose terms it stands under.",
+                do="Find out, and export again with --model-licence or --documents-licence.",
+            )

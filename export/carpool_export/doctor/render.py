@@ -46,6 +46,7 @@ def show(report: Report, console: Console) -> None:
     if report.bundle is not None:
         console.print(_theta(report.bundle))
         console.print(_replay(report.bundle))
+        console.print(_gate(report.bundle))
         console.print(_licences(report.bundle))
     console.print(_findings(report))
 
@@ -226,12 +227,31 @@ def _replay(bundle: BundleReport) -> Table:
     return table
 
 
+def _gate(bundle: BundleReport) -> Table:
+    title = f"The gate at export: gradient errors, of at most {bundle.parity.gate:.0e}"
+    columns = ("rows", "length", "documents", "program", "eager float32, where above")
+    table = _table(title, *columns, right=columns)
+    for case in bundle.parity.cases:
+        rounding = case.eager_float32_error
+        table.add_row(
+            str(case.batch),
+            str(case.length),
+            f"{case.documents:,}",
+            f"{case.gradient_error:.1e}",
+            "" if rounding is None else f"{rounding:.1e}",
+        )
+    return table
+
+
 def _licences(bundle: BundleReport) -> Table:
-    table = _table("Licences", "applies to", "licence", "notice")
+    table = _table("Licences", "applies to", "licence", "revision", "notice")
     for licence in bundle.licences:
         notice = " ".join(licence.notice.split())
         table.add_row(
-            Text(licence.applies_to), Text(licence.licence), Text(_cut(notice, longest=60))
+            Text(licence.applies_to),
+            Text(licence.licence),
+            Text(licence.revision or ""),
+            Text(_cut(notice, longest=60)),
         )
     return table
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import re
 from pathlib import Path
@@ -46,6 +47,24 @@ def find_model(model: str, *, revision: str | None = None) -> Path:
             "here already."
         )
     return folder
+
+
+def found_revision(model: str, folder: Path) -> str | None:
+    """Which one it is: a hub commit, or a package and its version; None where neither is known.
+
+    Args:
+        model: as ``find_model`` takes it.
+        folder: what that returned.
+    """
+    if Path(model).exists():
+        return None
+    if _HUB_ID.fullmatch(model):
+        return folder.name  # of a snapshot
+    try:
+        found = importlib.metadata.distribution(model)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return f"{found.name} {found.version}"
 
 
 def _in_package(model: str) -> Path:

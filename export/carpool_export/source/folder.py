@@ -12,10 +12,11 @@ from transformers import AutoConfig
 
 from carpool.errors import ExportError
 from carpool.files import sha256_of_file
+from carpool.licences import spdx_of_card
 from carpool_export.model import Pooling, Readout
 from carpool_export.source.chain import Prompts, read_chain, read_prompts
 from carpool_export.source.files import read_json
-from carpool_export.source.find import find_model
+from carpool_export.source.find import find_model, found_revision
 
 TOKENIZERS = ("WordPiece", "BPE", "Unigram")
 """Of ``tokenizer.json``: what a device can run. BPE over bytes alone."""
@@ -38,7 +39,8 @@ class ModelSource:
         tokenizer_kind: the model type in its ``tokenizer.json``.
         readout: how token states become an embedding.
         prompts: what is put before a text.
-        licence: as its model card states it, or None.
+        licence: as its model card states it, an SPDX expression, or None.
+        revision: a hub commit, or a package and its version; None of a folder.
     """
 
     folder: Path
@@ -52,6 +54,7 @@ class ModelSource:
     readout: Readout
     prompts: Prompts
     licence: str | None
+    revision: str | None
 
     @property
     def tokenizer_path(self) -> Path:
@@ -106,7 +109,8 @@ def open_source(
         tokenizer_kind=_tokenizer_kind(folder / "tokenizer.json"),
         readout=readout,
         prompts=read_prompts(folder),
-        licence=licence,
+        licence=licence and spdx_of_card(licence),
+        revision=found_revision(model, folder),
     )
 
 

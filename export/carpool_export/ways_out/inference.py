@@ -23,6 +23,7 @@ from carpool.bundle import Bundle
 from carpool.bundle.manifest import Method, TensorSpec
 from carpool.errors import BundleError, ParityError
 from carpool.files import write_atomically
+from carpool_export.gate import SCORES_GATE
 from carpool_export.gate_texts import GateTexts
 from carpool_export.lowering import MethodToLower, lower
 from carpool_export.model import (
@@ -33,7 +34,7 @@ from carpool_export.model import (
     build_encoder,
     load_model,
 )
-from carpool_export.parity import SCORES_GATE, relative_error
+from carpool_export.parity import relative_error
 from carpool_export.reference import Reference
 from carpool_export.runner import LoadedProgram
 from carpool_export.ways_out.folding import document_vectors, exported_source, fold_adapter

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from carpool.bundle import Bundle, Manifest, staging_folder
 from carpool.files import sync_directory
+from carpool.licences import NOT_STATED
 from carpool_export.model import EAGER_ATTENTION, load_model
 from carpool_export.source import ModelSource
 from carpool_export.ways_out.folding import (
@@ -92,11 +93,13 @@ _NOT_COPIED = {"data_config.json", "model.safetensors.index.json"}
 
 def _card(manifest: Manifest, bundle_id: str) -> str:
     licence = manifest.licences[0].licence
+    # The hub writes SPDX's identifiers in lower case, and has one word for all others.
+    on_hub = "other" if licence == NOT_STATED or "LicenseRef" in licence else licence.lower()
     notices = "\n\n".join(
         f"## {entry.applies_to}: {entry.licence}\n\n{entry.notice}" for entry in manifest.licences
     )
     return (
-        f"---\nlicense: {licence}\nlibrary_name: sentence-transformers\n---\n\n"
+        f"---\nlicense: {on_hub}\nlibrary_name: sentence-transformers\n---\n\n"
         f"# {manifest.model.name}, trained with carpool\n\n"
         f"Merged from bundle `{bundle_id}`. The dot product of a query's embedding and a row of "
         f"`vectors` in `{VECTORS_NAME}` is the score of that row's document in `documents.jsonl`."
