@@ -44,7 +44,7 @@ def test_what_a_card_calls_by_another_name_gets_a_reference(card: str, expected:
 
 def test_a_manifest_has_one_spelling() -> None:
     """Else two manifests that say the same would have two ids."""
-    with pytest.raises(ValidationError, match="expected 'Apache-2.0', got 'apache-2.0'"):
+    with pytest.raises(ValidationError, match=r"expected 'Apache-2\.0', got 'apache-2\.0'"):
         Licence(applies_to="weights", licence="apache-2.0", revision=None, notice="")
 
 

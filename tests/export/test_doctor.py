@@ -354,7 +354,7 @@ def test_other_backends_and_a_busy_machine_are_noticed(stock_report: Report) -> 
     )
     found = {f.what: f for f in find(stock_report.model_copy(update={"methods": (changed,)}))}
     assert found["forward needs the backend CoreMLBackend."].severity == "warning"
-    busy = "The products of forward run at 150% of the peak that torch reached"
+    busy = "The products of forward run at 150% of the peak that was measured"
     assert any(what.startswith(busy) for what in found)
 
 

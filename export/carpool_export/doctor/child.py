@@ -7,22 +7,18 @@ Imports no compiler.
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from carpool.measuring import anonymous_bytes, median_seconds
 from carpool.schema import Model
+from carpool_export.doctor.peak import peak_gflops
 from carpool_export.doctor.private import PlainProgram, load_with_etdump, start_threads
 
 WARM_UP_CALLS = 2
 """Under ETDump; the first call of a method packs nothing more, but finds cold caches."""
-
-_PEAK_SIZES = (384, 768, 1536)
-_PEAK_SECONDS = 0.6
 
 
 class Order(Model):
@@ -34,6 +30,7 @@ class Order(Model):
         golden_outputs: where these go.
         threads: of the runtime; one per core if None.
         etdump: where the ETDump goes.
+        peak_program: from ``write_peak_program``.
         answer: where the answer goes.
     """
 
@@ -45,6 +42,7 @@ class Order(Model):
     repeats: int
     threads: int | None
     etdump: Path
+    peak_program: Path
     answer: Path
 
 
@@ -83,27 +81,8 @@ def measure(order: Order) -> Answer:
         seconds=seconds,
         opening_bytes=opening,
         memory_bytes=memory,
-        peak_gflops=peak_gflops(threads),
+        peak_gflops=peak_gflops(PlainProgram(order.peak_program)),
     )
-
-
-def peak_gflops(threads: int) -> float:
-    """10^9 operations a second of the fastest of many float32 products by torch.
-
-    With all threads, or with one and times their number: on a busy machine threads wait for one
-    another, and a short product of one thread slips through undisturbed.
-    """
-    best, end = 0.0, time.perf_counter() + _PEAK_SECONDS
-    factors = [(torch.rand(size, size), torch.empty(size, size)) for size in _PEAK_SIZES]
-    while time.perf_counter() < end:
-        for used in {1, threads}:
-            torch.set_num_threads(used)
-            for factor, result in factors:
-                start = time.perf_counter()
-                torch.mm(factor, factor, out=result)
-                seconds = (time.perf_counter() - start) * used / threads
-                best = max(best, 2 * len(factor) ** 3 / seconds / 1e9)
-    return best
 
 
 def _plain(order: Order, inputs: list[Tensor]) -> tuple[int, int, float]:

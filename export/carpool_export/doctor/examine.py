@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from carpool_export.doctor import android
 from carpool_export.doctor.findings import find
 from carpool_export.doctor.inputs import Arrays, bundle_calls, call_at_the_bounds
 from carpool_export.doctor.measure import Call, Taken, roofline, take
+from carpool_export.doctor.peak import write_peak_program
 from carpool_export.doctor.program import StaticMethod, StaticTensor, methods_of, parts_of
 from carpool_export.doctor.report import (
     BundleReport,
@@ -78,21 +80,25 @@ def examine(path: Path, settings: Settings, *, announce: Callable[[str], None]) 
     golden: Arrays = {} if bundle is None else bundle.golden()[0]
     calls = _calls(bundle, golden, methods, settings)
     taken: dict[str, Taken] = {}
-    for method in methods:
-        announce(f"running {method.name}")
-        call = calls.get(method.name)
-        if call is None:
-            taken[method.name] = Taken()
-            continue
-        taken[method.name] = take(
-            program,
-            method,
-            call,
-            repeats=settings.repeats,
-            threads=settings.threads,
-            etdump=settings.etdump,
-            etrecord=records[method.name],
-        )
+    with tempfile.TemporaryDirectory() as folder:
+        announce("making a product to compare with")
+        peak_program = write_peak_program(Path(folder) / "peak.pte")
+        for method in methods:
+            announce(f"running {method.name}")
+            call = calls.get(method.name)
+            if call is None:
+                taken[method.name] = Taken()
+                continue
+            taken[method.name] = take(
+                program,
+                method,
+                call,
+                repeats=settings.repeats,
+                threads=settings.threads,
+                etdump=settings.etdump,
+                peak_program=peak_program,
+                etrecord=records[method.name],
+            )
     taken = _with_rooflines(methods, calls, taken)
     report = Report(
         path=str(path),

@@ -112,9 +112,9 @@ def _roofline(method: MethodReport) -> Iterator[Finding]:
     yield Finding(
         severity="note",
         what=f"The products of {method.name} run at {line.kernels_share_of_peak:.0%} of the peak "
-        "that torch reached: the roofline is too low.",
-        why="Torch's product was held up, or is slower than XNNPACK's on this processor.",
-        do="Run the doctor again on an idle machine; take the share as a comparison with torch.",
+        "that was measured: the roofline is too low.",
+        why="The machine was busy when the peak was measured, or other sizes suit it better.",
+        do="Run the doctor again on an idle machine.",
     )
 
 

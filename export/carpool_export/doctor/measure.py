@@ -62,6 +62,7 @@ def take(
     repeats: int,
     threads: int | None,
     etdump: Path | None,
+    peak_program: Path,
     etrecord: Any,  # noqa: ANN401  executorch has no type information
 ) -> Taken:
     """Measures a method.
@@ -73,6 +74,7 @@ def take(
         repeats: calls that count.
         threads: of the runtime; one per core if None.
         etdump: a folder that keeps the ETDump, or None.
+        peak_program: from ``write_peak_program``.
         etrecord: of this method, as ``read_etrecord`` gives it, or None.
 
     Raises:
@@ -89,6 +91,7 @@ def take(
             repeats=repeats,
             threads=threads,
             etdump=(etdump or folder).absolute() / f"{method.name}.etdp",
+            peak_program=peak_program.absolute(),
             answer=folder / "answer.json",
         )
         done = subprocess.run(

@@ -87,12 +87,15 @@ def xnnpack_products(graph: XnnpackGraph) -> list[Product]:
             continue
         second = fields["filter_id" if kind == "XNNFullyConnected" else "input2_id"]
         result = graph.sizes[fields["output_id"]]
+        frozen = second in graph.frozen
+        # A frozen matrix in pieces: how many is the weight's, and no size of the call.
+        pieces = result[:-2] if frozen and kind == "XNNBatchMatrixMultiply" else ()
         products.append(
             Product(
-                frozen=second in graph.frozen,
-                rows=result[:-1],
+                frozen=frozen,
+                rows=result[len(pieces) : -1],
                 columns=result[-1],
-                inner=graph.sizes[fields["input1_id"]][-1],
+                inner=graph.sizes[fields["input1_id"]][-1] * math.prod(pieces),
             )
         )
     return products

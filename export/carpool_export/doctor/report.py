@@ -120,8 +120,8 @@ class Roofline(Model):
         products: how many were counted.
         uncounted: how many of these have sizes that could not be told.
         gigaflop: floating-point operations of one call, 2 M K N for each product, in 10^9.
-        peak_gflops: of many float32 products of square matrices by torch the fastest, with as
-            many threads, or with one and times their number.
+        peak_gflops: of many float32 products by a frozen square matrix the fastest, in the same
+            runtime with as many threads.
         achieved_gflops: gigaflop by the call's median time.
         least_milliseconds: gigaflop by the peak.
         share_of_peak: achieved by peak.
