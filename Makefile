@@ -26,8 +26,8 @@ $(READY): requirements/lock.txt requirements/bootstrap.txt pyproject.toml
 	  { echo "expected Python 3.11 as '$(PYTHON)'; name another with: make PYTHON=/path/to/python3.11" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/bootstrap.txt
-	$(BIN)/uv pip sync --python $(BIN)/python --require-hashes requirements/lock.txt
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	$(BIN)/uv pip sync --compile-bytecode --python $(BIN)/python --require-hashes requirements/lock.txt
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@touch $@
 
 demo: $(READY) ## the main job on real data: text -> bundle -> federated rounds -> table (PRESET=paper for the other)

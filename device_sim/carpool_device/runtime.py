@@ -20,7 +20,7 @@ from carpool.errors import DeviceError
 from carpool.packing import PackedTokens
 from carpool_device.batches import Batch
 from carpool_device.inputs import check_inputs
-from carpool_device.private import resize_thread_pool, start_thread_pool
+from carpool_device.private import resize_thread_pool, share_packed_weights, start_thread_pool
 from carpool_device.tokenizer import QueryTokenizer
 
 _QUERY = {"token_ids", "token_rows", "token_positions", "slot_tokens"}
@@ -327,7 +327,9 @@ def _runtime() -> Any:  # noqa: ANN401  executorch has no type information
     finally:
         logging.disable(previous)
     start_thread_pool()
-    return Runtime.get()
+    runtime = Runtime.get()
+    share_packed_weights()
+    return runtime
 
 
 def _open_program(bundle: Bundle) -> Any:  # noqa: ANN401  executorch has no type information

@@ -198,6 +198,47 @@ print(size, hashlib.sha256(update.tobytes()).hexdigest())
     assert not run.stderr  # the runtime's own notices are kept off the screen
 
 
+@pytest.mark.slow
+def test_methods_share_their_packed_weights_and_give_the_same_bits(small: DeviceProgram) -> None:
+    """MiniLM's six blocks are 42 MB; training and searching stay below 180 MB."""
+    code = f"""
+import hashlib, warnings
+warnings.simplefilter("ignore")
+from pathlib import Path
+import numpy as np
+from carpool.bundle import Bundle
+from carpool.measuring import anonymous_bytes
+from carpool_device import runtime
+from carpool_device.batches import Batch
+if SHARED == 0:
+    runtime.share_packed_weights = lambda: False
+runtime._runtime()
+before = anonymous_bytes()
+program = runtime.DeviceProgram.load(Bundle.open(Path({str(small.bundle.path)!r})))
+tokens = program.tokenizer.pack([np.arange(1000, 1064)] * 8)
+batch = Batch(tokens=tokens, labels=np.arange(8), example_weights=np.full(8, 0.125, np.float32))
+theta = np.full(program.bundle.manifest.layout.num_values, 0.01, np.float32)
+_, gradient = program.gradients(theta, batch, l2_clip_norm=1.0)
+scores = program.scores(theta, tokens)
+megabytes = (anonymous_bytes() - before) / 1e6
+print(megabytes, hashlib.sha256(gradient.tobytes() + scores.tobytes()).hexdigest())
+"""
+    found = []
+    for shared in (0, 1):
+        run = subprocess.run(
+            [sys.executable, "-c", code.replace("SHARED", str(shared))],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        assert not run.stderr
+        found.append(run.stdout.split())
+    (alone, bits), (together, same_bits) = found
+    assert bits == same_bits
+    assert float(together) <= 180
+    assert float(alone) - float(together) > 35
+
+
 def test_the_golden_step_passes(program: DeviceProgram) -> None:
     """On the machine that exported it, far inside its tolerances."""
     checks = replay_golden_step(program)

@@ -255,6 +255,17 @@ def test_linear_moves_before_the_view_that_flattens_for_it() -> None:
     assert torch.equal(program.module()(x), flattened_linear(x))
 
 
+def test_an_activation_is_computed_again_and_not_kept() -> None:
+    """Else it would be the largest value that waits for the backward pass."""
+    program = flat_program(
+        lambda x: functional.gelu(x) * functional.gelu(x) * torch.exp(x) * torch.exp(x),
+        torch.ones(4, 6),
+    )
+    assert passes.share_common_subexpressions(program.graph) == 1
+    left = targets(program)
+    assert (left.count(aten.gelu.default), left.count(aten.exp.default)) == (2, 1)
+
+
 LONG = torch.randn(5, 24, generator=torch.Generator().manual_seed(4))
 
 

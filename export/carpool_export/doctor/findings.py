@@ -22,6 +22,9 @@ SLOW_SHARE = 0.05
 MANY_DELEGATES = 50
 """Calls of delegates in one method; each one sets its sizes anew, some microseconds."""
 
+LOW_PEAK = 1.1
+"""Share of the peak above which this was held up: products of other sizes are not much faster."""
+
 LOOSE_ARENA = 1.25
 """Arena by the bytes in use at once."""
 
@@ -107,7 +110,7 @@ def _instead(operator: str) -> str:
 
 def _roofline(method: MethodReport) -> Iterator[Finding]:
     line = None if method.measured is None else method.measured.roofline
-    if line is None or (line.kernels_share_of_peak or 0) <= 1:
+    if line is None or (line.kernels_share_of_peak or 0) <= LOW_PEAK:
         return
     yield Finding(
         severity="note",

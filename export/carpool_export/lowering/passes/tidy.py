@@ -116,15 +116,22 @@ def merge_views(graph: Graph) -> int:
     return found
 
 
+_RECOMPUTED = {aten.gelu.default, aten.sigmoid.default}
+
+
 def share_common_subexpressions(graph: Graph) -> int:
     """The same operator on the same arguments: the first of them.
 
-    Why: the backward pass recomputes what the forward pass has (gelu, rows of ones), and every
-    layer reshapes the same mask. The graph is functional, so equal calls have equal results.
+    Why: the backward pass recomputes what the forward pass has (rows of ones), and every layer
+    reshapes the same mask. The graph is functional, so equal calls have equal results. Not the
+    activation between a block's two wide layers: it is computed from what the backward pass needs
+    anyway, and kept until then it would be the largest value in the planned memory.
     """
     found = 0
     first: dict[tuple[Any, str, str], Node] = {}
     for node in calls(graph):
+        if node.target in _RECOMPUTED:
+            continue
         earlier = first.setdefault((node.target, repr(node.args), repr(node.kwargs)), node)
         if earlier is not node:
             found += replace(node, earlier)
