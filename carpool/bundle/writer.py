@@ -17,6 +17,19 @@ from carpool.errors import BundleError
 from carpool.files import make_folder, sha256_of_file, sync_directory
 
 
+def require_nothing_at(destination: Path) -> None:
+    """Refuses a path where something is.
+
+    Raises:
+        BundleError: names it.
+    """
+    if destination.exists():
+        raise BundleError(
+            f"{destination}: expected a path where nothing is yet. "
+            "Choose another, or remove it first."
+        )
+
+
 @contextmanager
 def staging_folder(destination: Path) -> Iterator[Path]:
     """A folder beside ``destination`` to fill; it is removed unless it became the bundle.
@@ -25,11 +38,7 @@ def staging_folder(destination: Path) -> Iterator[Path]:
         BundleError: ``destination`` is there already.
         FolderError: its parent cannot be made.
     """
-    if destination.exists():
-        raise BundleError(
-            f"{destination}: expected a path where nothing is yet. "
-            "Choose another, or remove it first."
-        )
+    require_nothing_at(destination)
     make_folder(destination.parent)
     folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
     try:

@@ -15,6 +15,7 @@ from carpool.console import result_console
 from carpool.data.corpus import read_notice
 from carpool.errors import ExportError
 from carpool.progress import progress, stages
+from carpool_export.collecting import RARELY
 
 if TYPE_CHECKING:
     from carpool_export.trainables import Kinds
@@ -289,7 +290,7 @@ def doctor(
 
 def _collect_rarely() -> None:
     """Python's collector walks the graphs, which are made of cycles, and finds nothing."""
-    gc.set_threshold(50_000, 20, 50)
+    gc.set_threshold(*RARELY)
     atexit.register(gc.freeze)
 
 

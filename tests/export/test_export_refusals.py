@@ -368,43 +368,34 @@ def test_setting_out_of_range_is_refused_before_any_work(
     assert not (tmp_path / "bundle").exists()
 
 
-def test_unstated_licence_is_refused(
-    tiny_model: Path, tiny_documents: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        (
+            "tiny/README.md",
+            (
+                "{model}: the model card states no licence. Find out what it is and pass it with "
+                "--model-licence, or accept that with --model-licence NOASSERTION."
+            ),
+        ),
+        (
+            "NOTICE",
+            (
+                "{documents}: nothing states the documents' licence. Put a text that must go with "
+                "them into a file NOTICE beside it, or pass --documents-licence (an SPDX "
+                "expression; NOASSERTION where there is none to state)."
+            ),
+        ),
+    ],
+)
+def test_what_nobody_states_the_licence_of_is_refused(
+    tiny_model: Path, tiny_documents: Path, tmp_path: Path, missing: str, message: str
 ) -> None:
-    """A bundle carries the weights' terms, so somebody must know them."""
-    (tiny_model / "README.md").unlink()
+    """A bundle carries weights and documents, so somebody must know their terms."""
+    (tmp_path / missing).unlink()
     with pytest.raises(ExportError) as error:
-        export_bundle(
-            str(tiny_model),
-            tiny_documents,
-            tmp_path / "bundle",
-            ExportSettings(max_length=16, document_length=16),
-            announce=announce_nothing,
-        )
-    assert str(error.value) == (
-        f"{tiny_model}: the model card states no licence. Find out what it is and pass it with "
-        "--model-licence, or accept that with --model-licence NOASSERTION."
-    )
-
-
-def test_documents_without_a_licence_are_refused(
-    tiny_model: Path, tiny_documents: Path, tmp_path: Path
-) -> None:
-    """They are shipped too; before any work."""
-    (tmp_path / "NOTICE").unlink()
-    with pytest.raises(ExportError) as error:
-        export_bundle(
-            str(tiny_model),
-            tiny_documents,
-            tmp_path / "bundle",
-            ExportSettings(max_length=16, document_length=16),
-            announce=announce_nothing,
-        )
-    assert str(error.value) == (
-        f"{tiny_documents}: nothing states the documents' licence. Put a text that must go with "
-        "them into a file NOTICE beside it, or pass --documents-licence (an SPDX expression; "
-        "NOASSERTION where there is none to state)."
-    )
+        _export_with(tiny_model, tiny_documents, tmp_path)
+    assert str(error.value) == message.format(model=tiny_model, documents=tiny_documents)
 
 
 @pytest.mark.parametrize("option", ["licence", "documents_licence"])
@@ -417,13 +408,12 @@ def test_a_licence_that_is_none_is_named(
         ConfigError,
         match=rf"^{name}: expected an SPDX expression .*, LicenseRef-NAME .*, got 'Apache'\.$",
     ):
-        export_bundle(
-            str(tiny_model),
-            tiny_documents,
-            tmp_path / "bundle",
-            ExportSettings(max_length=16, document_length=16, **{option: "Apache"}),  # type: ignore[arg-type]
-            announce=announce_nothing,
-        )
+        _export_with(tiny_model, tiny_documents, tmp_path, **{option: "Apache"})
+
+
+def _export_with(model: Path, documents: Path, folder: Path, **licences: str) -> None:
+    settings = ExportSettings(max_length=16, document_length=16, **licences)  # type: ignore[arg-type]
+    export_bundle(str(model), documents, folder / "bundle", settings, announce=announce_nothing)
 
 
 def test_malformed_documents_are_refused_with_their_line(tiny_model: Path, tmp_path: Path) -> None:

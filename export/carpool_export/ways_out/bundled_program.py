@@ -13,9 +13,8 @@ from executorch.devtools.bundled_program.serialize import (
 )
 from torch import Tensor
 
-from carpool.bundle import Bundle
+from carpool.bundle import Bundle, require_nothing_at
 from carpool.bundle.manifest import Method
-from carpool.errors import BundleError
 from carpool.files import write_atomically
 
 
@@ -32,8 +31,7 @@ def write_bundled_program(bundle_path: Path, destination: Path) -> None:
     Raises:
         BundleError: the bundle is damaged, or something is at ``destination``.
     """
-    if destination.exists():
-        raise BundleError(f"{destination}: expected a path where nothing is yet. Choose another.")
+    require_nothing_at(destination)
     bundle = Bundle.open(bundle_path)
     arrays, _ = bundle.golden()
     values = {name: torch.from_numpy(array) for name, array in arrays.items()}

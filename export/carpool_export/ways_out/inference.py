@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.export import Dim
 
-from carpool.bundle import Bundle
+from carpool.bundle import Bundle, require_nothing_at
 from carpool.bundle.manifest import Method, TensorSpec
-from carpool.errors import BundleError, ParityError
+from carpool.errors import ParityError
 from carpool.files import write_atomically
 from carpool_export.gate import SCORES_GATE
 from carpool_export.gate_texts import GateTexts
@@ -114,8 +114,7 @@ def freeze(
         ExportError: ``model`` is not what the bundle was exported from.
         ParityError: the program differs from eager PyTorch; nothing was written.
     """
-    if destination.exists():
-        raise BundleError(f"{destination}: expected a path where nothing is yet. Choose another.")
+    require_nothing_at(destination)
     bundle = Bundle.open(bundle_path)
     manifest = bundle.manifest
     theta = bundle.read_theta(theta_path)

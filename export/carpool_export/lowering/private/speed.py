@@ -28,6 +28,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
+from carpool_export.collecting import RARELY
 from carpool_export.lowering.private.partitioning import fast_partitioning, replaced
 
 
@@ -146,9 +147,9 @@ def _skipping_passes() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _fewer_collections() -> Iterator[None]:
-    """Python's collector less often: graphs are made of cycles, and it walks all that live on."""
+    """Python's collector less often."""
     thresholds = gc.get_threshold()
-    gc.set_threshold(50_000, 20, 50)
+    gc.set_threshold(*RARELY)
     try:
         yield
     finally:
