@@ -28,7 +28,7 @@ GRADIENT_GATE = 2e-6
 """Largest gradient error let through, as a share of the largest eager gradient: 17 float32
 roundings (2**-23) of that value."""
 
-ROUNDING_FACTOR = 4.0
+ROUNDING_FACTOR = 8.0
 ROUNDING_CEILING = 2e-5
 """Where a gradient's error is above its gate, it may be this many times the error that eager
 PyTorch in float32 has in the same place, up to this share. A deep model at few tokens is that ill

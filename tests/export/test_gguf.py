@@ -84,7 +84,7 @@ def test_smollm2_becomes_a_bundle_of_at_most_160_megabytes(smollm2: Bundle) -> N
     for case in manifest.parity.cases:
         if case.gradient_error > manifest.parity.gate:
             assert case.eager_float32_error is not None
-            assert case.gradient_error <= 4 * case.eager_float32_error
+            assert case.gradient_error <= 8 * case.eager_float32_error
 
 
 @pytest.mark.slow

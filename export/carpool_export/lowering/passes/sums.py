@@ -27,7 +27,7 @@ def split_long_sums(module: GraphModule, *, longest: int) -> int:
     of ``w``: the backward pass reads the same bytes as one matrix.
 
     Why: XNNPACK's kernels add a product's terms one after the other, eager PyTorch's in several
-    runs, and thirty blocks make ten times eager's error of the difference.
+    runs, and through thirty blocks the difference is several times eager's own error.
 
     Args:
         module: its graph is edited in place.
