@@ -31,3 +31,29 @@ def median_seconds(call: Callable[[], object], *, repeats: int) -> float:
         if turn > 1:
             times.append(time.perf_counter() - start)
     return statistics.median(times)
+
+
+class StageTimes:
+    """Seconds of stages that follow each other.
+
+    Args:
+        announce: told each stage's name as it begins.
+        clock: seconds, from any start.
+    """
+
+    def __init__(
+        self, announce: Callable[[str], None], *, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._announce = announce
+        self._clock = clock
+        self._begun: list[tuple[str, float]] = []
+
+    def __call__(self, stage: str) -> None:
+        """A stage begins, and the one before it ends."""
+        self._begun.append((stage, self._clock()))
+        self._announce(stage)
+
+    def seconds(self) -> dict[str, float]:
+        """By stage, the last one until now."""
+        ends = [*(start for _, start in self._begun[1:]), self._clock()]
+        return {name: end - start for (name, start), end in zip(self._begun, ends, strict=True)}

@@ -14,6 +14,7 @@ import typer
 from carpool.console import result_console
 from carpool.data.corpus import read_notice
 from carpool.errors import ExportError
+from carpool.measuring import StageTimes
 from carpool.progress import progress, stages
 from carpool_export.collecting import RARELY
 
@@ -165,7 +166,9 @@ def export(
         etrecord=etrecord,
     )
     with stages(f"export {preset_name(kinds)}", total=len(STAGES)) as announce:
-        bundle = export_bundle(model, documents, out, settings, announce=announce)
+        times = StageTimes(announce)
+        bundle = export_bundle(model, documents, out, settings, announce=times)
+    seconds = ", ".join(f"{stage} {spent:.1f}" for stage, spent in times.seconds().items())
     manifest = bundle.manifest
     size = manifest.files[manifest.program.shipped_file].bytes
     typer.echo(
@@ -173,7 +176,8 @@ def export(
         f"preset {manifest.preset}: {manifest.layout.num_values:,} trained values, "
         f"{manifest.documents.count:,} documents, program {size / 1e6:.1f} MB\n"
         f"largest error against eager PyTorch, of the largest value: gradient "
-        f"{manifest.parity.gradient_error:.1e}, scores {manifest.parity.scores_error:.1e}"
+        f"{manifest.parity.gradient_error:.1e}, scores {manifest.parity.scores_error:.1e}\n"
+        f"seconds: {seconds}"
     )
 
 

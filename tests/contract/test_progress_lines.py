@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 import carpool.progress
+from carpool.measuring import StageTimes
 from carpool.progress import progress
 
 
@@ -69,3 +70,14 @@ def test_progress_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> 
     with progress("rounds", total=1) as bar:
         bar.advance()
     assert capsys.readouterr() == ("", "rounds: 0/1\nrounds: 1/1\n")
+
+
+def test_stages_are_timed_as_they_are_announced() -> None:
+    """The last one until it is asked."""
+    announced: list[str] = []
+    ticks = iter([1.0, 4.0, 9.0])
+    times = StageTimes(announced.append, clock=lambda: next(ticks))
+    times("trace")
+    times("lower")
+    assert announced == ["trace", "lower"]
+    assert times.seconds() == {"trace": 3.0, "lower": 5.0}
