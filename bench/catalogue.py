@@ -52,7 +52,7 @@ def measure(path: Path, documents: int, *, length: int, repeats: int) -> str:
         lambda: program.gradients(theta, batch, l2_clip_norm=1.0, frozen=frozen), repeats=repeats
     )
     search = median_seconds(lambda: program.scores(theta, tokens, frozen=frozen), repeats=repeats)
-    memory = (anonymous_bytes() - before) / 1e6
+    memory = (anonymous_bytes() - before) / 2**20
     return f"| {documents:,} | {1000 * step:.0f} | {1000 * search:.0f} | {memory:.0f} |"
 
 
@@ -70,7 +70,7 @@ def main() -> None:
         row = measure(options.bundle, documents, length=options.length, repeats=options.repeats)
         print(row)
         return
-    print("| documents | training step, ms | search of 8 queries, ms | anonymous memory, MB |")
+    print("| documents | training step, ms | search of 8 queries, ms | anonymous memory, MiB |")
     print("|---:|---:|---:|---:|")
     for documents in options.documents:
         command = [sys.executable, __file__, str(options.bundle), "--one"]

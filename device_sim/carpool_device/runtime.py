@@ -20,7 +20,7 @@ from carpool.errors import DeviceError
 from carpool.packing import PackedTokens
 from carpool_device.batches import Batch
 from carpool_device.inputs import check_inputs
-from carpool_device.private import resize_thread_pool, share_packed_weights, start_thread_pool
+from carpool_device.private import resize_thread_pool, start_thread_pool
 from carpool_device.tokenizer import QueryTokenizer
 
 _QUERY = {"token_ids", "token_rows", "token_positions", "slot_tokens"}
@@ -78,8 +78,8 @@ class DeviceProgram:
     def load(cls, bundle: Bundle) -> DeviceProgram:
         """The process's one program for this bundle, loaded at the first call.
 
-        Methods are loaded when they are first used: a device that only searches does not pay
-        for ``gradients``.
+        Methods are loaded when they are used, and one at a time: each packs the frozen weights
+        for itself. Going from one to another takes a training step's time or two.
 
         Raises:
             DeviceError: another ExecuTorch version than the manifest allows, or a program
@@ -232,10 +232,7 @@ class DeviceProgram:
         tensors = [torch.from_numpy(np.require(a, requirements=["C", "W"])) for a in arrays]
         with self._lock:
             try:
-                if name not in self._methods:
-                    DeviceProgram.any_used = True
-                    self._methods[name] = self._program.load_method(name)
-                results = self._methods[name].execute(tensors)
+                results = self._loaded_method(name).execute(tensors)
             except RuntimeError as error:
                 shapes = {s.name: a.shape for s, a in zip(method.inputs, arrays, strict=True)}
                 raise DeviceError(
@@ -249,6 +246,16 @@ class DeviceProgram:
                 spec.name: np.array(result.numpy(), dtype=np.float32, copy=True)
                 for spec, result in zip(method.outputs, results, strict=True)
             }
+
+    def _loaded_method(self, name: str) -> Any:  # noqa: ANN401  executorch has no type information
+        """The method; another one's packed weights are given back first, with its program."""
+        if name not in self._methods:
+            DeviceProgram.any_used = True
+            if self._methods:
+                self._methods, self._program = {}, None
+                self._program = _open_program(self.bundle)
+            self._methods[name] = self._program.load_method(name)
+        return self._methods[name]
 
     def _check_values(self, name: str, theta: Floats, frozen: Mapping[str, Floats]) -> None:
         """Whether the program takes another catalogue, and theta is as long as that makes it."""
@@ -327,9 +334,7 @@ def _runtime() -> Any:  # noqa: ANN401  executorch has no type information
     finally:
         logging.disable(previous)
     start_thread_pool()
-    runtime = Runtime.get()
-    share_packed_weights()
-    return runtime
+    return Runtime.get()
 
 
 def _open_program(bundle: Bundle) -> Any:  # noqa: ANN401  executorch has no type information

@@ -19,7 +19,6 @@ def test_the_private_names_are_where_they_were(tiny_program: DeviceProgram) -> N
     assert importlib.metadata.version("executorch").startswith("1.5.")
     for name in (private.POOL_SIZE, private.RESET_POOL):
         assert callable(getattr(private._bindings(), name))
-    assert private.share_packed_weights()
 
 
 def test_threads_cannot_be_taken_from_a_loaded_program(tiny_program: DeviceProgram) -> None:
@@ -49,16 +48,6 @@ def test_a_runtime_that_cannot_choose_its_threads_says_so(
     private.start_thread_pool()
     with pytest.raises(DeviceError, match=r"has no _unsafe_reset_threadpool"):
         private.resize_thread_pool(2)
-
-
-def test_a_runtime_that_cannot_share_weights_is_left_alone(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Each method then packs its own."""
-    monkeypatch.setattr(private, "_SET_OPTION", "no_such_function")
-    assert not private.share_packed_weights()
-    monkeypatch.setattr(private, "_LIBRARY", "no_such_library.so")
-    assert not private.share_packed_weights()
 
 
 def test_only_the_runtimes_notices_are_dropped(capfd: pytest.CaptureFixture[str]) -> None:

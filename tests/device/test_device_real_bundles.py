@@ -199,8 +199,8 @@ print(size, hashlib.sha256(update.tobytes()).hexdigest())
 
 
 @pytest.mark.slow
-def test_methods_share_their_packed_weights_and_give_the_same_bits(small: DeviceProgram) -> None:
-    """MiniLM's six blocks are 42 MB; training and searching stay below 180 MB."""
+def test_training_and_searching_take_at_most_180_mebibytes(small: DeviceProgram) -> None:
+    """Anonymous memory over the bare runtime, at the program's bounds; and the same bits again."""
     code = f"""
 import hashlib, warnings
 warnings.simplefilter("ignore")
@@ -210,33 +210,25 @@ from carpool.bundle import Bundle
 from carpool.measuring import anonymous_bytes
 from carpool_device import runtime
 from carpool_device.batches import Batch
-if SHARED == 0:
-    runtime.share_packed_weights = lambda: False
 runtime._runtime()
 before = anonymous_bytes()
 program = runtime.DeviceProgram.load(Bundle.open(Path({str(small.bundle.path)!r})))
 tokens = program.tokenizer.pack([np.arange(1000, 1064)] * 8)
 batch = Batch(tokens=tokens, labels=np.arange(8), example_weights=np.full(8, 0.125, np.float32))
 theta = np.full(program.bundle.manifest.layout.num_values, 0.01, np.float32)
-_, gradient = program.gradients(theta, batch, l2_clip_norm=1.0)
-scores = program.scores(theta, tokens)
-megabytes = (anonymous_bytes() - before) / 1e6
-print(megabytes, hashlib.sha256(gradient.tobytes() + scores.tobytes()).hexdigest())
+for _ in range(3):
+    _, gradient = program.gradients(theta, batch, l2_clip_norm=1.0)
+    trained = anonymous_bytes() - before
+    scores = program.scores(theta, tokens)
+    searched = anonymous_bytes() - before
+    bits = hashlib.sha256(gradient.tobytes() + scores.tobytes()).hexdigest()
+    print(max(trained, searched) / 2**20, bits)
 """
-    found = []
-    for shared in (0, 1):
-        run = subprocess.run(
-            [sys.executable, "-c", code.replace("SHARED", str(shared))],
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-        assert not run.stderr
-        found.append(run.stdout.split())
-    (alone, bits), (together, same_bits) = found
-    assert bits == same_bits
-    assert float(together) <= 180
-    assert float(alone) - float(together) > 35
+    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert not run.stderr
+    rounds = [line.split() for line in run.stdout.splitlines()]
+    assert len({bits for _, bits in rounds}) == 1
+    assert max(float(mebibytes) for mebibytes, _ in rounds) <= 180
 
 
 def test_the_golden_step_passes(program: DeviceProgram) -> None:

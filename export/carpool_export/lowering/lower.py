@@ -64,7 +64,7 @@ def lower_gradient_program(
         method: its name in the program.
         longest_sum: terms that a product by a frozen matrix may add up one after the other
             (exactly: the fewest equal pieces of at most so many). For deep functions, whose error
-            it brings to eager PyTorch's; costs about 6 % of the time at 96.
+            it brings to eager PyTorch's; costs a few percent of the time at 96.
 
     Raises:
         ValueError: the same example tensor twice, or not one shape per input.

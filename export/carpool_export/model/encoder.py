@@ -27,7 +27,7 @@ DEEP = 12
 
 LONGEST_SUM = 96
 """Terms of a piece. With SmolLM2's thirty blocks the gradient then rounds as eager float32's does
-(1.3 times its error in the mean, 2.7 times without), for 6 % of the step (``docs/export.md``)."""
+(``docs/export.md``), for a few percent of the step."""
 
 Pooling = Literal["mean", "cls", "last"]
 
