@@ -251,7 +251,7 @@ class DeviceProgram:
         """The method; another one's packed weights are given back first, with its program."""
         if name not in self._methods:
             DeviceProgram.any_used = True
-            if self._methods:
+            if self._methods or self._program is None:  # None: it could not be opened again
                 self._methods, self._program = {}, None
                 self._program = _open_program(self.bundle)
             self._methods[name] = self._program.load_method(name)
