@@ -9,6 +9,7 @@ import re
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -71,7 +72,8 @@ class DeviceProgram:
         self._lock = threading.Lock()
         # Program and methods are kept together: a method outlives neither its program nor
         # the program its file.
-        self._program = _open_program(bundle)
+        self._program_path = bundle.program_path
+        self._program = _open_program(bundle, self._program_path)
         self._methods: dict[str, Any] = {}
 
     @classmethod
@@ -253,7 +255,7 @@ class DeviceProgram:
             DeviceProgram.any_used = True
             if self._methods or self._program is None:  # None: it could not be opened again
                 self._methods, self._program = {}, None
-                self._program = _open_program(self.bundle)
+                self._program = _load_program(self._program_path)
             self._methods[name] = self._program.load_method(name)
         return self._methods[name]
 
@@ -337,14 +339,18 @@ def _runtime() -> Any:  # noqa: ANN401  executorch has no type information
     return Runtime.get()
 
 
-def _open_program(bundle: Bundle) -> Any:  # noqa: ANN401  executorch has no type information
-    """Opens the ``.pte`` by path and compares it with the manifest."""
-    manifest, path = bundle.manifest, bundle.program_path
-    check_runtime_version(importlib.metadata.version("executorch"), manifest.program.runtime)
+def _load_program(path: Path) -> Any:  # noqa: ANN401  executorch has no type information
     try:
-        program = _runtime().load_program(path)
+        return _runtime().load_program(path)
     except RuntimeError as error:
         raise DeviceError(f"{path}: the ExecuTorch runtime cannot load it: {error}") from error
+
+
+def _open_program(bundle: Bundle, path: Path) -> Any:  # noqa: ANN401  same
+    """Opens the ``.pte`` by path and compares it with the manifest."""
+    manifest = bundle.manifest
+    check_runtime_version(importlib.metadata.version("executorch"), manifest.program.runtime)
+    program = _load_program(path)
     for name, known in _KNOWN_INPUTS.items():
         if name not in program.method_names:
             raise DeviceError(

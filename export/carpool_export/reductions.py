@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,31 +25,6 @@ def row_sum(values: Tensor, *, scale: float = 1.0) -> Tensor:
     if length < _PARTS * _PARTS:
         return values.matmul(_ones(length, scale).to(values.dtype))
     return row_sum(values.matmul(_every_sixteenth(length).to(values.dtype)), scale=scale)
-
-
-def squared_norms(values: Tensor) -> Tensor:
-    """The sum of squares over the last dimension, which stays with size 1.
-
-    Its derivative is 2 times the values. Through ``row_sum`` it would be products by that one's
-    matrices the other way round, and a runtime that keeps one packed copy of a matrix would have
-    two of these under one name.
-    """
-    if not values.requires_grad:
-        return row_sum(values * values)
-    norms: Tensor = _SquaredNorms.apply(values)  # type: ignore[no-untyped-call]  # torch's
-    return norms
-
-
-class _SquaredNorms(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:  # noqa: ANN401  torch's
-        ctx.save_for_backward(values)
-        return row_sum(values * values)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # noqa: ANN401  torch's
-        values: Tensor = ctx.saved_tensors[0]
-        return values * (gradient * 2.0)
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from carpool_export.model.attention import attending
 from carpool_export.model.packing import Packing
 from carpool_export.model.rewrites import rewritten
-from carpool_export.reductions import squared_norms
+from carpool_export.reductions import row_sum
 
 DEEP = 12
 """Blocks from which on a model's products are added up in pieces: rounding grows with depth."""
@@ -108,7 +108,7 @@ class Encoder:
             pooled_BD = torch.tanh(pooled_BD) if dense.tanh else pooled_BD
         if not self.readout.normalize:
             return pooled_BD
-        return pooled_BD * torch.rsqrt(squared_norms(pooled_BD) + 1e-24)
+        return pooled_BD * torch.rsqrt(row_sum(pooled_BD * pooled_BD) + 1e-24)
 
     def states(self, soft_ND: Tensor, packing: Packing) -> Tensor:
         """The last block's states of the tokens, float32 ``(N, D)``."""
