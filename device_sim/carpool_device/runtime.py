@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from carpool.bundle import Bundle
 from carpool.bundle.manifest import FROZEN_INPUTS, RuntimeRange
 from carpool.errors import DeviceError
+from carpool.native import return_large_blocks
 from carpool.packing import PackedTokens
 from carpool_device.batches import Batch
 from carpool_device.inputs import check_inputs
@@ -336,6 +337,7 @@ def _runtime() -> Any:  # noqa: ANN401  executorch has no type information
     finally:
         logging.disable(previous)
     start_thread_pool()
+    return_large_blocks()
     return Runtime.get()
 
 
