@@ -15,42 +15,11 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from carpool.errors import ConfigError
+from carpool.privacy import PositiveFloat, PositiveInt, PrivacyConfig
 from carpool.recipe import LocalRecipe
 from carpool.schema import Model, describe
 
-PositiveFloat = Annotated[float, Field(gt=0)]
-PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-
-
-class PrivacyConfig(Model):
-    """What is promised about any one subject's data. The mode has no default.
-
-    Attributes:
-        mode: ``"none"``: nothing is promised, no noise. ``"central"``: the operator sees
-            updates, the world sees only noised sums; the unit is one client, over all rounds;
-            neighbouring: one client's updates become zero.
-        clip_norm: C, the joint L2 bound on a device's update, in theta's units; in both modes.
-        epsilon: the budget over all rounds; ``central`` only.
-        delta: its delta; ``central`` only.
-    """
-
-    mode: Literal["none", "central"]
-    clip_norm: PositiveFloat
-    epsilon: PositiveFloat | None = None
-    delta: Annotated[float, Field(gt=0, lt=1)] | None = None
-
-    @model_validator(mode="after")
-    def _is_complete(self) -> Self:
-        given = [name for name in ("epsilon", "delta") if getattr(self, name) is not None]
-        if self.mode == "central" and len(given) < 2:  # noqa: PLR2004  both of them
-            raise ValueError(f"mode 'central' needs epsilon and delta, got only {given or 'none'}")
-        if self.mode == "none" and given:
-            raise ValueError(
-                f"mode 'none' promises nothing, so {' and '.join(given)} must be left out "
-                "(or set mode = 'central')"
-            )
-        return self
 
 
 class CohortConfig(Model):
@@ -126,6 +95,18 @@ class RunConfig(Model):
     local: LocalRecipe
     server: ServerConfig
     simulation: SimulationConfig = SimulationConfig()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.privacy.mode == "example_level":
+            missing = [n for n in ("steps", "example_clip_norm") if getattr(self.local, n) is None]
+            if missing:
+                raise ValueError(
+                    f"privacy.mode 'example_level' needs local.{' and local.'.join(missing)}"
+                )
+        if self.local.example_privacy is not None:
+            raise ValueError("local.example_privacy must be left out: it is made from [privacy]")
+        return self
 
 
 def load_config(path: Path, *, overrides: Iterable[str] = ()) -> RunConfig:

@@ -13,6 +13,19 @@ PLAIN_GRADIENT_CLIP = 1e30
 """A per-example bound so large that clipping to it gives the plain gradient."""
 
 
+class ExamplePrivacy(Model):
+    """DP-SGD on the device: what it must keep for each of its own examples.
+
+    Attributes:
+        epsilon, delta: the budget of one example of this device, over all its participations.
+        max_participations: in how many rounds the device may train at most.
+    """
+
+    epsilon: Annotated[float, Field(gt=0)]
+    delta: Annotated[float, Field(gt=0, lt=1)]
+    max_participations: Annotated[int, Field(ge=1)]
+
+
 class LocalRecipe(Model):
     """How one device trains in one round. An unknown field is refused.
 
@@ -31,6 +44,9 @@ class LocalRecipe(Model):
         proximal_weight: FedProx's mu (Li et al., 2020, arXiv 1812.06127); 0 switches it off.
         example_clip_norm: per-example L2 bound over theta; None takes the plain gradient.
         train: the groups that move; the others' gradient is set to zero.
+        example_privacy: DP-SGD instead: Poisson draws of ``batch_size`` examples in
+            expectation, each clipped to ``example_clip_norm``, and noise; needs that and
+            ``steps``. None trains without.
     """
 
     version: Literal[1] = 1
@@ -42,6 +58,7 @@ class LocalRecipe(Model):
     proximal_weight: Annotated[float, Field(ge=0)] = 0.0
     example_clip_norm: Annotated[float, Field(gt=0)] | None = None
     train: tuple[Group, ...] = ("adapter", "head")
+    example_privacy: ExamplePrivacy | None = None
 
     @model_validator(mode="after")
     def _is_complete(self) -> Self:
@@ -52,6 +69,11 @@ class LocalRecipe(Model):
             )
         if not self.train or len(set(self.train)) != len(self.train):
             raise ValueError(f"expected one or two distinct groups to train, got {self.train}")
+        if self.example_privacy and (self.steps is None or self.example_clip_norm is None):
+            raise ValueError(
+                f"example_privacy needs steps and example_clip_norm, got steps={self.steps} and "
+                f"example_clip_norm={self.example_clip_norm}"
+            )
         return self
 
     @property
