@@ -242,8 +242,8 @@ def test_another_promise_to_the_same_population_is_refused(
     """A larger budget cannot be had by asking again."""
     book = tmp_path / "population.jsonl"
     run_here(nodes(), config=settings(mode="central"), ledger_path=book, out="first")
+    config = settings(mode="central", privacy={"epsilon": 5.0})
     with pytest.raises(PrivacyError) as caught:
-        config = settings(mode="central", privacy={"epsilon": 5.0})
         run_here(nodes(), config=config, ledger_path=book, out="second")
     assert str(caught.value) == (
         f"{book}: expected the ledger's own epsilon 4.0, got 5.0. A population has one promise "
