@@ -11,7 +11,6 @@ from pathlib import Path
 import fake_farm
 import numpy as np
 import pytest
-from carpool_server.privacy.accounting import Epsilon
 from fake_farm import FakeAggregator, answer, contribution_to, dealt
 from flwr.app import Error, Message
 from round_kit import RunHere, Witness, settings
@@ -22,6 +21,7 @@ from carpool.protocol import RoundTask
 from carpool_server import promise
 from carpool_server.checkpoint import CHECKPOINT_NAME
 from carpool_server.hooks import RoundFacts
+from carpool_server.privacy.accounting import Epsilon
 from carpool_server.privacy.ledger import LEDGER_NAME, ledger
 
 Z = 1.3

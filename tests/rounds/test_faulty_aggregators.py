@@ -92,13 +92,17 @@ LIES: dict[str, tuple[fake_farm.Lie, str]] = {
     ),
     "value out of range": (
         with_total(spike),
-        "theta: expected values within {bound} grid units (of {n} clipped updates), "
-        "got 1099511627776.",
+        (
+            "theta: expected values within {bound} grid units (of {n} clipped updates), "
+            "got 1099511627776."
+        ),
     ),
     "norm out of range": (
         with_total(long),
-        "theta: expected an L2 norm within {bound} grid units (of {n} clipped updates), "
-        "got a larger one.",
+        (
+            "theta: expected an L2 norm within {bound} grid units (of {n} clipped updates), "
+            "got a larger one."
+        ),
     ),
     "the most negative integer": (
         with_total(most_negative),

@@ -118,12 +118,11 @@ def _privacy(name: str, training: Training) -> str:
         return f"**{name}**: privacy mode `none`. Nothing is promised."
     rate = config.cohort.expected_size / training.population
     return (
-        f"**{name}**: privacy mode `central`. epsilon {training.epsilon:.2f} at delta "
-        f"{config.privacy.delta:g} (PRV accountant), over all {config.rounds} rounds; unit: one "
-        f"client; neighbouring: one client's updates become zero. Updates are clipped to "
-        f"{config.privacy.clip_norm:g}, noise multiplier {training.noise_multiplier:.3f}, each "
-        f"round's clients drawn by the server with probability {rate:.4f} each. The operator sees "
-        "updates; released are only noised sums. Choosing the settings is not charged."
+        f"**{name}**: privacy mode `{config.privacy.mode}`. {' '.join(training.statement)} Updates "
+        f"are clipped to {config.privacy.clip_norm:g}, noise multiplier "
+        f"{training.noise_multiplier:.3f}, each round's clients drawn by the server with "
+        f"probability {rate:.4f} each. The operator sees updates; released are only noised sums. "
+        "Choosing the settings is not charged."
     )
 
 

@@ -28,6 +28,7 @@ from carpool_device.evaluation import (
 from carpool_device.evaluation.report import BM25, ZERO_SHOT, summarise_all
 from carpool_device.runtime import DeviceProgram
 from carpool_server.checkpoint import CHECKPOINT_NAME, RunInfo, read_checkpoint, release_name
+from carpool_server.statement import privacy_statement
 from carpool_sim.report.model import Comparison, CurvePoint, Report, Training
 
 CURVE_EVERY = 5
@@ -151,6 +152,7 @@ def _training(
         population=info.population.size,
         noise_multiplier=info.noise_multiplier,
         epsilon=info.history[-1].epsilon if info.history else None,
+        statement=tuple(privacy_statement(info)),
         seconds=sum(record.seconds for record in info.history),
         bytes_down=_total(record.bytes_down for record in info.history),
         bytes_up=_total(record.bytes_up for record in info.history),

@@ -48,7 +48,8 @@ class Training(Model):
         trained_values: how many of theta's values the devices moved.
         population: devices that could be drawn.
         noise_multiplier: z: noise standard deviation over clip norm; 0 without privacy.
-        epsilon: spent, at ``config.privacy.delta``; None without privacy.
+        epsilon: spent, at ``config.privacy.delta``; None where no epsilon is achieved.
+        statement: what the run may say of its privacy, in sentences.
         seconds: of all rounds together, without start-up.
         bytes_down, bytes_up: of all rounds, between coordinator and aggregators; None where
             privacy is promised, since they tell who was drawn.
@@ -62,6 +63,7 @@ class Training(Model):
     population: int
     noise_multiplier: float
     epsilon: float | None
+    statement: tuple[str, ...]
     seconds: float
     bytes_down: int | None
     bytes_up: int | None

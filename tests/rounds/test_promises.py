@@ -1,0 +1,245 @@
+"""Whole rounds under a promise: who replies, caps, adaptive clip, metrics, projections."""
+
+from __future__ import annotations
+
+import math
+import stat
+from collections import Counter
+from pathlib import Path
+
+import fake_farm
+import numpy as np
+import pytest
+from fake_farm import FakeAggregator, answer, contribution_to, dealt
+from flwr.app import Message
+from round_kit import RunHere, Witness, settings
+
+from carpool.config import RunConfig, SgdConfig
+from carpool.errors import PrivacyError
+from carpool.protocol import RoundTask
+from carpool_server.hooks import RoundFacts
+from carpool_server.participation import PARTICIPATION_NAME, Participation
+from carpool_server.privacy.ledger import LEDGER_NAME, read_ledger
+from carpool_server.statement import privacy_statement
+
+CLIP, COHORT = 0.5, 12.0
+
+
+def nodes(count: int = 30) -> dict[int, FakeAggregator]:
+    return {10 + n: FakeAggregator(ids) for n, ids in enumerate(dealt(count, parts=2))}
+
+
+def central(*, rounds: int, epsilon: float = 50.0, **privacy: object) -> RunConfig:
+    """The server's step is the mean itself, so that theta shows what was released."""
+    config = settings(mode="central", rounds=rounds, privacy={"epsilon": epsilon, **privacy})
+    return config.model_copy(update={"server": SgdConfig(learning_rate=1.0)})
+
+
+class Steps:
+    """A hook that keeps each round's step of theta."""
+
+    def __init__(self) -> None:
+        self.steps: list[np.ndarray] = []
+        self.facts: list[RoundFacts] = []
+        self._before = np.zeros(fake_farm.NUM_VALUES)
+
+    def after_round(self, facts: RoundFacts) -> None:
+        """Keeps it."""
+        self.steps.append(facts.theta.astype(np.float64) - self._before)
+        self._before = facts.theta.astype(np.float64)
+        self.facts.append(facts)
+
+
+def replying(share: float, *, twice: bool = False) -> dict[int, FakeAggregator]:
+    """Two aggregators that leave out all but a share of their devices, or say all again."""
+
+    def lie(message: Message, task: RoundTask) -> Message | None:
+        ids = task.header.device_ids
+        left = ids[round(share * len(ids)) :]
+        if share == 0:
+            return None
+        return answer(message, contribution_to(task, refused=dict.fromkeys(left, "diverged")))
+
+    halves = dealt(30, parts=2)
+    speaks_for = [halves[0], halves[0] + halves[1] if twice else halves[1]]
+    return {10 + n: FakeAggregator(ids, lie=lie) for n, ids in enumerate(speaks_for)}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("twice", [False, True])
+def test_sigma_on_the_sum_does_not_depend_on_who_replies(
+    run_here: RunHere,
+    share: float,
+    twice: bool,  # noqa: FBT001  a parameter of the test
+) -> None:
+    """None, half or all of the cohort, some devices offered by two aggregators."""
+    config = central(rounds=40).model_copy(
+        update={
+            "cohort": settings(
+                cohort={"quorum": 0.0, "deadline_seconds": 0.05, "extensions": 0}
+            ).cohort
+        }
+    )
+    witness, kept = Witness(), Steps()
+    result = run_here(replying(share, twice=twice), config=config, audit=witness, hooks=[kept])
+    sigma = result.info.noise_multiplier * CLIP
+    sums = [witness.sums[n] * CLIP * 2.0**-30 for n in range(1, 41)]
+    noise = np.array([s * COHORT - t for s, t in zip(kept.steps, sums, strict=True)]) / sigma
+    # 6.1 standard errors of a sample variance: false alarms below 1e-9
+    assert abs(np.square(noise).mean() - 1) < 6.1 * math.sqrt(2 / noise.size)
+    for devices in witness.devices.values():
+        assert max(Counter(devices).values(), default=0) <= 1
+    if share == 0:
+        assert not any(witness.devices.values())
+
+
+def capped(*, rounds: int, cap: int = 2, **cohort: float) -> RunConfig:
+    config = settings(
+        mode="central",
+        rounds=rounds,
+        privacy={"regime": "participation-cap", "max_participations": cap, "epsilon": 4.0},
+        cohort={"expected_size": 12.0, **cohort},
+    )
+    return config.model_copy(update={"server": SgdConfig(learning_rate=1.0)})
+
+
+def test_no_device_passes_its_cap_and_the_run_ends_when_too_few_are_left(
+    run_here: RunHere, tmp_path: Path
+) -> None:
+    """30 devices twice each are 60 places: about five rounds of 12, and never a third one."""
+    witness = Witness()
+    result = run_here(nodes(), config=capped(rounds=30), audit=witness)
+    assert result.info.ended == "participation-cap"
+    counts = Counter(device for drawn in witness.devices.values() for device in drawn)
+    assert max(counts.values()) == 2
+    assert sum(1 for n in counts.values() if n < 2) + 30 - len(counts) < 12
+    book = tmp_path / "run" / PARTICIPATION_NAME
+    participation = Participation(book)
+    assert participation.counts() == counts
+    participation.close()
+    assert stat.S_IMODE(book.stat().st_mode) == 0o600
+    marks = read_ledger(tmp_path / "run" / LEDGER_NAME)[0].releases
+    assert [mark.contributors for mark in marks] == [
+        len(witness.devices[n]) for n in range(1, len(marks) + 1)
+    ]
+    assert marks[-1].largest_participation == 2
+    with pytest.raises(PrivacyError, match=r"the run ended at its participation cap after round "):
+        run_here(nodes(), config=capped(rounds=30), resume=True)
+
+
+def test_under_a_cap_epsilon_is_fixed_from_the_start(run_here: RunHere) -> None:
+    """More rounds cost nobody more: two releases of the calibrated noise are the budget."""
+    result = run_here(nodes(), config=capped(rounds=30))
+    spent = [record.epsilon for record in result.info.history]
+    assert spent[0] is not None
+    assert spent[0] < 3.0
+    assert spent[1] == spent[2] == spent[-1] == pytest.approx(4.0, abs=1e-3)
+    assert spent[1] is not None
+    assert spent[1] <= 4.0
+
+
+def test_a_second_run_goes_on_counting(run_here: RunHere, tmp_path: Path) -> None:
+    """The cap is the population's: what another run used is used."""
+    config, book = capped(rounds=2, cap=2), tmp_path / "ledger.jsonl"
+    first, second = Witness(), Witness()
+    run_here(nodes(), config=config, audit=first, ledger_path=book, out="first")
+    run_here(nodes(), config=config, audit=second, ledger_path=book, out="second")
+    drawn = [*first.devices.values(), *second.devices.values()]
+    assert max(Counter(device for part in drawn for device in part).values()) <= 2
+    (tmp_path / PARTICIPATION_NAME).unlink()
+    with pytest.raises(PrivacyError) as caught:
+        run_here(nodes(), config=config, ledger_path=book, out="third")
+    assert str(caught.value) == (
+        f"{tmp_path / PARTICIPATION_NAME}: expected a device that is in 2 rounds, as released "
+        "before, got at most 0. Restore the file that belongs to this population; without it no "
+        "cap can be kept."
+    )
+
+
+def test_the_clip_adapts_and_its_price_is_charged(run_here: RunHere, tmp_path: Path) -> None:
+    """Updates of norm about 1.6 under a first clip of 0.5: it rises; each round's own is charged.
+
+    The release costs the stated noise multiplier although theta's own noise is larger.
+    """
+    config = central(rounds=25, adaptive_clip={"learning_rate": 0.5, "bit_noise": 4.0})
+    witness, kept = Witness(), Steps()
+    result = run_here(nodes(), config=config, audit=witness, hooks=[kept])
+    clips = [facts.record.clip_norm for facts in kept.facts]
+    assert clips[0] == CLIP
+    assert clips[-1] > 2 * CLIP
+    charges = [c.charge for c in read_ledger(tmp_path / "run" / LEDGER_NAME)[0].charges]
+    assert [charge.clip_norm for charge in charges] == clips
+    z = result.info.noise_multiplier
+    theta = (z**-2 - (2 * 4.0) ** -2) ** -0.5
+    for charge in charges:
+        assert charge.noise_multiplier == pytest.approx(z, rel=1e-8)
+        assert charge.sigma == pytest.approx(theta * charge.clip_norm, rel=1e-8)
+        assert charge.num_values == fake_farm.NUM_VALUES + 1
+    noise = np.concatenate(
+        [
+            (step * COHORT - witness.sums[n][: fake_farm.NUM_VALUES] * clip * 2.0**-30) / clip
+            for n, (step, clip) in enumerate(zip(kept.steps, clips, strict=True), start=1)
+        ]
+    )
+    assert abs(np.square(noise / theta).mean() - 1) < 6.1 * math.sqrt(2 / noise.size)
+
+
+def test_metrics_are_told_with_their_noise_and_nothing_else_is(run_here: RunHere) -> None:
+    """All fake devices say loss 0.5, hit@1 0.25, one example; without noise that is what is told."""
+    kept = Steps()
+    config = settings(mode="none", privacy={"metrics": {"max_loss": 2.0, "max_examples": 4}})
+    run_here(nodes(), config=config, hooks=[kept])
+    for facts in kept.facts:
+        found = facts.record.metrics
+        assert found is not None
+        assert found.contributors == pytest.approx(facts.record.count)
+        assert found.loss == pytest.approx(0.5, abs=1e-6)
+        assert found.hit_at_1 == pytest.approx(0.25, abs=1e-6)
+        assert found.examples == pytest.approx(1.0, abs=1e-6)
+        assert found.noise == 0
+
+    noisy = Steps()
+    config = central(rounds=40, metrics={"max_loss": 2.0, "budget_share": 0.5})
+    result = run_here(nodes(), config=config, hooks=[noisy], out="noisy")
+    records = [facts.record for facts in noisy.facts]
+    assert {(r.count, r.mean_loss, r.drawn) for r in records} == {(None, None, None)}
+    counted = np.array([r.metrics.contributors for r in records if r.metrics is not None])
+    noise = 2 * result.info.noise_multiplier / math.sqrt(0.5)
+    # 40 rounds of 12 expected devices: the mean is off by sampling (sd 2.7) and noise
+    assert abs(counted.mean() - 12) < 6.1 * math.hypot(noise, 2.7) / math.sqrt(40)
+    assert counted.std() > noise / 2
+
+
+def test_a_projection_never_states_an_epsilon(run_here: RunHere, tmp_path: Path) -> None:
+    """It has no ledger, and every statement says what it is."""
+    config = settings(
+        mode="projection",
+        privacy={
+            "epsilon": 2.0,
+            "delta": 1e-5,
+            "projection": {"population": 16_000, "cohort": 1_000},
+        },
+    )
+    result = run_here(nodes(), config=config)
+    assert result.epsilon is None
+    assert [record.epsilon for record in result.info.history] == [None] * 3
+    assert not (tmp_path / "run" / LEDGER_NAME).exists()
+    assert result.info.noise_multiplier > 0.3
+    assert privacy_statement(result.info) == [
+        "PROJECTION, no guarantee: trained with the noise that a population of 16000 with cohorts "
+        "of 1000 would need for epsilon 2 at delta 1e-05. No epsilon was achieved for the 30 "
+        "devices that trained here."
+    ]
+
+
+def test_nothing_without_noise_is_left_on_disk(run_here: RunHere, tmp_path: Path) -> None:
+    """Neither the sum nor any update: not in a file of the run, in any byte order."""
+    witness = Witness()
+    run_here(nodes(), config=central(rounds=2), audit=witness)
+    files = [path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len(files) >= 4
+    for total in witness.sums.values():
+        for raw in (total, total.astype(np.float64), (total * CLIP * 2.0**-30).astype(np.float32)):
+            for order in ("<", ">"):
+                piece = raw.astype(raw.dtype.newbyteorder(order)).tobytes()[:64]
+                assert not [data for data in files if piece in data]
