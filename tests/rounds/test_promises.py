@@ -19,7 +19,8 @@ from carpool.errors import PrivacyError
 from carpool.protocol import RoundTask
 from carpool_server.hooks import RoundFacts
 from carpool_server.participation import PARTICIPATION_NAME, Participation
-from carpool_server.privacy.ledger import LEDGER_NAME, read_ledger
+from carpool_server.privacy.accounting import Epsilon
+from carpool_server.privacy.ledger import LEDGER_NAME, ledger, read_ledger
 from carpool_server.statement import privacy_statement
 
 CLIP, COHORT = 0.5, 12.0
@@ -29,9 +30,23 @@ def nodes(count: int = 30) -> dict[int, FakeAggregator]:
     return {10 + n: FakeAggregator(ids) for n, ids in enumerate(dealt(count, parts=2))}
 
 
-def central(*, rounds: int, epsilon: float = 50.0, **privacy: object) -> RunConfig:
+Z = 1.3
+
+
+@pytest.fixture(autouse=True)
+def cheap_sampled_accounting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PRV takes half a second a round and has tests of its own; here a round costs 0.1."""
+    monkeypatch.setattr(
+        ledger,
+        "epsilon_of",
+        lambda releases, delta: Epsilon(value=0.1 * len(releases), delta=delta, method="prv"),
+    )
+
+
+def central(*, rounds: int, **privacy: object) -> RunConfig:
     """The server's step is the mean itself, so that theta shows what was released."""
-    config = settings(mode="central", rounds=rounds, privacy={"epsilon": epsilon, **privacy})
+    privacy = {"epsilon": 50.0, "noise_multiplier": Z, **privacy}
+    config = settings(mode="central", rounds=rounds, privacy=privacy)
     return config.model_copy(update={"server": SgdConfig(learning_rate=1.0)})
 
 
@@ -81,8 +96,8 @@ def test_sigma_on_the_sum_does_not_depend_on_who_replies(
         }
     )
     witness, kept = Witness(), Steps()
-    result = run_here(replying(share, twice=twice), config=config, audit=witness, hooks=[kept])
-    sigma = result.info.noise_multiplier * CLIP
+    run_here(replying(share, twice=twice), config=config, audit=witness, hooks=[kept])
+    sigma = Z * CLIP
     sums = [witness.sums[n] * CLIP * 2.0**-30 for n in range(1, 41)]
     noise = np.array([s * COHORT - t for s, t in zip(kept.steps, sums, strict=True)]) / sigma
     # 6.1 standard errors of a sample variance: false alarms below 1e-9
@@ -163,16 +178,15 @@ def test_the_clip_adapts_and_its_price_is_charged(run_here: RunHere, tmp_path: P
     """
     config = central(rounds=25, adaptive_clip={"learning_rate": 0.5, "bit_noise": 4.0})
     witness, kept = Witness(), Steps()
-    result = run_here(nodes(), config=config, audit=witness, hooks=[kept])
+    run_here(nodes(), config=config, audit=witness, hooks=[kept])
     clips = [facts.record.clip_norm for facts in kept.facts]
     assert clips[0] == CLIP
     assert clips[-1] > 2 * CLIP
     charges = [c.charge for c in read_ledger(tmp_path / "run" / LEDGER_NAME)[0].charges]
     assert [charge.clip_norm for charge in charges] == clips
-    z = result.info.noise_multiplier
-    theta = (z**-2 - (2 * 4.0) ** -2) ** -0.5
+    theta = (Z**-2 - (2 * 4.0) ** -2) ** -0.5
     for charge in charges:
-        assert charge.noise_multiplier == pytest.approx(z, rel=1e-8)
+        assert charge.noise_multiplier == pytest.approx(Z, rel=1e-8)
         assert charge.sigma == pytest.approx(theta * charge.clip_norm, rel=1e-8)
         assert charge.num_values == fake_farm.NUM_VALUES + 1
     noise = np.concatenate(
@@ -185,7 +199,7 @@ def test_the_clip_adapts_and_its_price_is_charged(run_here: RunHere, tmp_path: P
 
 
 def test_metrics_are_told_with_their_noise_and_nothing_else_is(run_here: RunHere) -> None:
-    """All fake devices say loss 0.5, hit@1 0.25, one example; without noise that is what is told."""
+    """All fake devices say loss 0.5, hit@1 0.25, one example: without noise that is told."""
     kept = Steps()
     config = settings(mode="none", privacy={"metrics": {"max_loss": 2.0, "max_examples": 4}})
     run_here(nodes(), config=config, hooks=[kept])
@@ -200,11 +214,11 @@ def test_metrics_are_told_with_their_noise_and_nothing_else_is(run_here: RunHere
 
     noisy = Steps()
     config = central(rounds=40, metrics={"max_loss": 2.0, "budget_share": 0.5})
-    result = run_here(nodes(), config=config, hooks=[noisy], out="noisy")
+    run_here(nodes(), config=config, hooks=[noisy], out="noisy")
     records = [facts.record for facts in noisy.facts]
     assert {(r.count, r.mean_loss, r.drawn) for r in records} == {(None, None, None)}
     counted = np.array([r.metrics.contributors for r in records if r.metrics is not None])
-    noise = 2 * result.info.noise_multiplier / math.sqrt(0.5)
+    noise = 2 * Z / math.sqrt(0.5)
     # 40 rounds of 12 expected devices: the mean is off by sampling (sd 2.7) and noise
     assert abs(counted.mean() - 12) < 6.1 * math.hypot(noise, 2.7) / math.sqrt(40)
     assert counted.std() > noise / 2
@@ -226,9 +240,11 @@ def test_a_projection_never_states_an_epsilon(run_here: RunHere, tmp_path: Path)
     assert not (tmp_path / "run" / LEDGER_NAME).exists()
     assert result.info.noise_multiplier > 0.3
     assert privacy_statement(result.info) == [
-        "PROJECTION, no guarantee: trained with the noise that a population of 16000 with cohorts "
-        "of 1000 would need for epsilon 2 at delta 1e-05. No epsilon was achieved for the 30 "
-        "devices that trained here."
+        (
+            "PROJECTION, no guarantee: trained with the noise that a population of 16000 with "
+            "cohorts of 1000 would need for epsilon 2 at delta 1e-05. No epsilon was achieved for "
+            "the 30 devices that trained here."
+        )
     ]
 
 
