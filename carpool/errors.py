@@ -30,6 +30,9 @@ Refusal = Literal[
     "recipe-not-supported",
     "diverged",
     "not-finite",
+    "wrong-length",
+    "not-asked",
+    "repeated",
     "device-failed",
     "not-spoken-for",
 ]
@@ -107,11 +110,10 @@ class ContributionRejected(CarpoolError):  # noqa: N818  the field's word; every
 class UpdateRejected(CarpoolError):  # noqa: N818  the field's word; every error here has the same base
     """An update that an aggregator refuses to add. ``device_id`` names the device."""
 
-    reason: Refusal = "not-finite"
-
-    def __init__(self, message: str, *, device_id: str) -> None:
+    def __init__(self, message: str, *, device_id: str, reason: Refusal = "not-finite") -> None:
         super().__init__(f"device {device_id}: {message}")
         self.device_id = device_id
+        self.reason = reason
 
 
 class CheckpointError(CarpoolError):

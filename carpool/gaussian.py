@@ -123,7 +123,7 @@ def _accepted(tries: int, *, scale: int) -> NDArray[np.int64]:
 
 
 def _steps(count: int) -> NDArray[np.int64]:
-    """k of every try: how many thresholds are at most a uniform integer of 128 bits."""
+    """Each try's k: how many thresholds are at most a uniform integer of 128 bits."""
     high = _words(count)
     steps = np.searchsorted(_HIGH, high, side="right").astype(np.int64)
     # the lower 64 bits matter where the upper ones equal a threshold's

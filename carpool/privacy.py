@@ -14,7 +14,10 @@ from carpool.schema import Model
 
 PositiveFloat = Annotated[float, Field(gt=0)]
 PositiveInt = Annotated[int, Field(gt=0)]
-ClipNorm = Annotated[float, Field(ge=1e-35, le=1e35)]
+SMALLEST_CLIP, LARGEST_CLIP = 1e-35, 1e35
+"""Of a device's update, in theta's units: what float32 and the grid can follow."""
+
+ClipNorm = Annotated[float, Field(ge=SMALLEST_CLIP, le=LARGEST_CLIP)]
 Delta = Annotated[float, Field(gt=0, lt=1)]
 
 Mode = Literal["none", "central", "example_level", "projection"]

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
 from carpool.errors import MalformedMessage, Refusal
+from carpool.privacy import MetricBounds
 from carpool.recipe import LocalRecipe
 from carpool.schema import Model, Sha256, canonical_bytes, describe
 
@@ -23,6 +24,31 @@ PROTOCOL_VERSION: Literal[1] = 1
 
 GRID_BITS = 30
 """Updates live on an integer grid of step ``clip_norm * 2**-GRID_BITS``."""
+
+GRID_BOUND = 1 << GRID_BITS
+"""The L2 bound on one device's share of each block of a sum, in grid units."""
+
+METRIC_NAMES = ("contributors", "loss", "hit_at_1", "examples")
+"""The metrics' coordinates, in order."""
+
+
+Block = Literal["theta", "norm_bit", "metrics"]
+"""A part of the sum with a bound and a noise of its own."""
+
+
+def block_sizes(
+    num_values: int, *, norm_bit: bool, metrics: MetricBounds | None
+) -> dict[Block, int]:
+    """A sum's blocks in order, and how many integers each has.
+
+    One device's share of each is at most ``GRID_BOUND`` long (L2).
+    """
+    sizes: dict[Block, int] = {"theta": num_values}
+    if norm_bit:
+        sizes["norm_bit"] = 1
+    if metrics is not None:
+        sizes["metrics"] = len(METRIC_NAMES)
+    return sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +102,9 @@ class TaskHeader(Model):
         device_ids: whose updates are wanted: those of the cohort that this aggregator speaks
             for, sorted.
         report_loss: whether the devices' training loss may be told (mode ``none`` alone).
+        norm_bit: whether each device adds one coordinate: whether its norm is within the clip.
+        metrics: whether each device adds ``METRIC_NAMES``, and their bounds.
+        participations: device id -> rounds it is in already, where devices must know.
     """
 
     version: Literal[1] = PROTOCOL_VERSION
@@ -88,6 +117,13 @@ class TaskHeader(Model):
     clip_norm: Annotated[float, Field(gt=0)]
     device_ids: tuple[str, ...]
     report_loss: bool
+    norm_bit: bool = False
+    metrics: MetricBounds | None = None
+    participations: dict[str, int] | None = None
+
+    def blocks(self, num_values: int) -> dict[Block, int]:
+        """The sum's blocks in order (``block_sizes``), for a theta of ``num_values``."""
+        return block_sizes(num_values, norm_bit=self.norm_bit, metrics=self.metrics)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,7 +176,11 @@ class ContributionHeader(Model):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Contribution:
-    """The integer sum of devices' clipped updates: int64, shape ``(num_values,)``, grid units."""
+    """The integer sum of devices' clipped updates, in grid units.
+
+    ``total`` is int64, theta's values first, then what else the task asks of each device
+    (``TaskHeader.blocks``).
+    """
 
     header: ContributionHeader
     total: NDArray[np.int64]

@@ -9,21 +9,25 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from carpool.bundle import Bundle
 from carpool.data.corpus import Example
 from carpool.data.dataset import DOCUMENTS_NAME, EXAMPLES_NAME, SPLIT_NAME, Dataset
-from carpool.errors import ConfigError, DeviceError, Refusal, UpdateRejected
+from carpool.errors import ConfigError, DeviceError, UpdateRejected
 from carpool.files import sha256_of_file
-from carpool.protocol import Contribution, ContributionHeader, PoolHeader, RoundTask
+from carpool.protocol import Contribution, PoolHeader, RoundTask
 from carpool.schema import canonical_id
+from carpool_device.evaluation import METRICS, prepare_queries, rank_queries
 from carpool_device.runtime import DeviceProgram, use_threads
 from carpool_device.training import train_locally
-from carpool_server.aggregation import Total, clip_to_grid
+from carpool_server.aggregation import ContributionBuilder, DeviceFacts
 from carpool_server.exchange import from_record, to_record
 from carpool_sim.spread import spread
 
@@ -118,46 +122,46 @@ def contribute(task: RoundTask, devices: Farm, *, device_ids: frozenset[str]) ->
         if found != expected:
             raise DeviceError(f"expected a task for {name} {expected}, got one for {found}.")
     manifest.layout.check(task.theta, source="the task's theta")
-    total = Total(num_values=task.theta.size, capacity=len(header.device_ids))
-    refused: dict[str, Refusal] = {}
-    num_examples, loss_sum = 0, 0.0
-    for device_id in header.device_ids:
-        if device_id not in device_ids:
-            refused[device_id] = "not-spoken-for"
-            continue
+    builder = ContributionBuilder(header, num_values=task.theta.size)
+    own = [device for device in header.device_ids if device in device_ids]
+    for device in set(header.device_ids).difference(own):
+        builder.refuse(device, "not-spoken-for")
+    # all before any training: going from one method of a program to the other takes time
+    hits = _hits_at_1(task, devices, own) if header.metrics is not None else {}
+    for device in own:
         try:
             local = train_locally(
                 devices.program,
-                devices.examples[device_id],
+                devices.examples[device],
                 theta=task.theta,
                 recipe=header.recipe,
                 order_key=bytes.fromhex(header.order_key),
-                device_id=device_id,
+                device_id=device,
                 round_number=header.round_number,
             )
-            clipped = clip_to_grid(local.update, clip_norm=header.clip_norm, device_id=device_id)
+            facts = DeviceFacts(
+                num_examples=local.num_examples,
+                mean_loss=local.mean_loss,
+                hit_at_1=hits.get(device, math.nan),
+            )
+            builder.add(device, local.update, facts)
         except (DeviceError, UpdateRejected) as error:
             if header.report_loss:  # in a private mode nobody is told who is in a cohort
                 _log.warning("round %d: %s", header.round_number, error)
-            refused[device_id] = error.reason
-            continue
-        total.add(clipped, count=1)
-        num_examples += local.num_examples
-        loss_sum += local.mean_loss
-    return Contribution(
-        header=ContributionHeader(
-            run_id=header.run_id,
-            round_number=header.round_number,
-            bundle_id=header.bundle_id,
-            layout_id=header.layout_id,
-            device_ids=tuple(i for i in header.device_ids if i not in refused),
-            count=total.count,
-            refused=refused,
-            num_examples=num_examples if header.report_loss else None,
-            loss_sum=loss_sum if header.report_loss else None,
-        ),
-        total=total.values,
-    )
+            builder.refuse(device, error.reason)
+    return builder.build()
+
+
+def _hits_at_1(task: RoundTask, devices: Farm, own: Sequence[str]) -> dict[str, float]:
+    """Each device's share of its own examples that the theta it was sent ranks first."""
+    known = devices.program.document_index
+    examples = {d: [e for e in devices.examples[d] if e.document in known] for d in own}
+    if not any(examples.values()):
+        return {}
+    queries = prepare_queries(devices.program.tokenizer, known, examples)
+    ranking = rank_queries(devices.program, task.theta, queries)
+    hits = np.bincount(ranking.client, weights=METRICS["acc@1"](ranking.ranks))
+    return dict(zip(ranking.clients, hits / np.bincount(ranking.client), strict=True))
 
 
 def _describe(sources: Sources | None, message: Message, context: Context) -> Message:

@@ -21,6 +21,8 @@ from carpool_sim.settings import find_settings
 class _Mode(StrEnum):
     none = "none"
     central = "central"
+    example_level = "example_level"
+    projection = "projection"
 
 
 class _Preset(StrEnum):
@@ -58,8 +60,16 @@ def federate(
     keep_every: Annotated[
         int, typer.Option(min=1, help="Keep the theta of every k-th round, and the last.")
     ] = 1,
+    ledger: Annotated[
+        Path | None,
+        typer.Option(
+            help="The population's privacy ledger, where several runs share its budget; by "
+            "default each run has its own in OUT."
+        ),
+    ] = None,
 ) -> None:
     """Train a bundle by federated rounds over simulated devices."""
+    from carpool_server.statement import privacy_statement  # noqa: PLC0415
     from carpool_sim import federate as federation  # noqa: PLC0415
     from carpool_sim.progress import ProgressHook  # noqa: PLC0415
 
@@ -76,6 +86,7 @@ def federate(
                 resume=resume,
                 hooks=[ProgressHook(bar)],
                 keep_every=keep_every,
+                ledger=ledger,
             )
         except RunStopped as error:
             console.print(f"{out}: {error}", markup=False, highlight=False, soft_wrap=True)
@@ -83,11 +94,8 @@ def federate(
     if result.already_finished:
         _say(f"{out}: the run is finished already; nothing was left to do.")
     _say(f"theta: {result.theta_path}")
-    if result.epsilon is not None:
-        _say(
-            f"privacy: epsilon {result.epsilon:.2f} at delta {config.privacy.delta:g} was spent; "
-            "unit: one client, over all rounds (PRV accountant)."
-        )
+    for line in privacy_statement(result.info):
+        _say(line)
 
 
 def demo(

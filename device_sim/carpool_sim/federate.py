@@ -19,9 +19,10 @@ from carpool.config import RunConfig, SimulationConfig
 from carpool.data.dataset import Dataset
 from carpool.errors import CarpoolError, RoundFailed
 from carpool_server.checkpoint import RunFolder
-from carpool_server.coordinator import Job, RunResult, finished, run_rounds
+from carpool_server.coordinator import finished, run_rounds
 from carpool_server.flower import make_server_app
 from carpool_server.hooks import Audit, NoAudit, RoundHook
+from carpool_server.job import Job, RunResult
 from carpool_server.sampling import sampling_rate
 from carpool_sim.aggregator import Sources, data_id_of, make_client_app
 from carpool_sim.quiet import LOG_NAME, logs_to, stop_on_signals
@@ -42,6 +43,7 @@ def run(
     hooks: Sequence[RoundHook] = (),
     audit: Audit | None = None,
     keep_every: int = 1,
+    ledger: Path | None = None,
 ) -> RunResult:
     """Trains theta by federated rounds; the devices are the data set's training clients.
 
@@ -58,6 +60,8 @@ def run(
         hooks: called after every release, in order, in the coordinator's thread.
         audit: the operator's look inside a round.
         keep_every: keep the released theta of every k-th round, and of the last.
+        ledger: the population's privacy ledger, where several runs share one population; None
+            keeps one in ``out_dir``: the devices are imagined for this run alone.
 
     Raises:
         BundleError: the bundle cannot be used.
@@ -76,6 +80,7 @@ def run(
         bundle_id=opened.id,
         layout=opened.manifest.layout,
         initial_theta=opened.initial_theta(),
+        ledger_path=ledger,
         hooks=hooks,
         audit=audit or NoAudit(),
         aggregators=config.simulation.aggregators,

@@ -26,14 +26,19 @@ from carpool.files import make_folder, write_atomically
 from carpool.schema import Model, Sha256, describe
 from carpool.theta import Layout, read_theta, write_theta
 from carpool_server.hooks import RoundRecord
-from carpool_server.ledger import LEDGER_NAME
 from carpool_server.optimizers import State
+from carpool_server.participation import PARTICIPATION_NAME
+from carpool_server.privacy.ledger import LEDGER_NAME
 
-CHECKPOINT_VERSION: Literal[1] = 1
+CHECKPOINT_VERSION: Literal[2] = 2
 CHECKPOINT_NAME = "checkpoint.safetensors"
 LOCK_NAME = ".lock"
 
 _STATE_PREFIX = "optimizer."
+
+
+Ending = Literal["budget", "participation-cap"]
+"""The budget has no room for another round; too few devices are below their cap."""
 
 
 class Population(Model):
@@ -59,14 +64,19 @@ class RunInfo(Model):
         bundle_id, layout_id: what theta belongs to.
         data_id: of a simulation's data set.
         population: who may be drawn.
-        noise_multiplier: z of every round; 0 in mode ``none``.
+        noise_multiplier: z of every round; 0 where the coordinator adds no noise.
+        clip_norm: C of the next round.
         sampling_key: of the cohorts where it must stay secret; the file is then readable by
             its owner alone.
+        contributors: devices in the last round's sum; for the operator, as the next two.
+        largest_participation: most rounds that any device is in, where a cap is kept.
+        ledger_head: hash of the ledger's last line before the last round's release.
+        ended: why the run is over before its last round.
         versions: of what computed this run; informative.
         history: the rounds' numbers.
     """
 
-    version: Literal[1] = CHECKPOINT_VERSION
+    version: Literal[2] = CHECKPOINT_VERSION
     run_id: str
     round_number: Annotated[int, Field(ge=0)]
     config: RunConfig
@@ -75,14 +85,19 @@ class RunInfo(Model):
     data_id: Sha256 | None
     population: Population
     noise_multiplier: Annotated[float, Field(ge=0)]
+    clip_norm: Annotated[float, Field(gt=0)]
     sampling_key: Sha256 | None
+    contributors: Annotated[int, Field(ge=0)] = 0
+    largest_participation: Annotated[int, Field(ge=0)] = 0
+    ledger_head: Sha256 | None = None
+    ended: Ending | None = None
     versions: dict[str, str]
     history: tuple[RoundRecord, ...]
 
     @property
     def finished(self) -> bool:
-        """Whether all rounds are released."""
-        return self.round_number == self.config.rounds
+        """Whether all rounds are released, or no other one will be."""
+        return self.round_number == self.config.rounds or self.ended is not None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -194,7 +209,7 @@ class RunFolder:
 
     def write(self, state: RunState) -> None:
         """Replaces the checkpoint, durably and atomically."""
-        private = state.info.sampling_key is not None
+        private = state.info.config.privacy.mode == "central"
         write_atomically(self.path / CHECKPOINT_NAME, encode(state), private=private)
         self.state = state
 
@@ -253,8 +268,8 @@ class RunFolder:
                 )
             return state
         left = self._released()
-        if (self.path / LEDGER_NAME).exists():
-            left.append(LEDGER_NAME)
+        books = (LEDGER_NAME, PARTICIPATION_NAME)
+        left += [name for name in books if (self.path / name).exists()]
         if left:
             raise CheckpointError(
                 f"{self.path}: expected a folder without a run, found {left[0]}, which an earlier "

@@ -1,96 +1,40 @@
-"""The rounds: draw, gather, charge, noise, step, checkpoint, release, tell."""
+"""A run's rounds, one after the other, each released once."""
 
 from __future__ import annotations
 
-import dataclasses
-import logging
 import platform
 import secrets
-import threading
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 from flwr.serverapp import Grid
-from numpy.typing import NDArray
 
-from carpool.config import RunConfig
-from carpool.errors import CheckpointError, Refusal
-from carpool.protocol import TaskHeader
-from carpool.theta import Layout
-from carpool_server.aggregation import grid_step
+from carpool.errors import CheckpointError, PrivacyError
+from carpool_server.books import Books, history_of, ledger_path_of, open_books
 from carpool_server.checkpoint import RunFolder, RunInfo, RunState
 from carpool_server.exchange import Exchange
-from carpool_server.gather import Gathered, Gathering, Owners
-from carpool_server.hooks import Audit, NoAudit, RoundFacts, RoundHook, RoundRecord
-from carpool_server.ledger import LEDGER_NAME, Charge, Ledger
-from carpool_server.optimizers import make_optimizer, rate_at
+from carpool_server.gather import Owners
+from carpool_server.job import Job, RunResult
+from carpool_server.optimizers import make_optimizer
 from carpool_server.population import identify, register
-from carpool_server.privacy import gaussian_on_grid, noise_multiplier_for
-from carpool_server.sampling import KEY_BYTES, PoissonSampler, derived_key, sampling_rate
-
-REGISTRATION_SECONDS = 300.0
-"""For all aggregators to come and say which devices they speak for."""
-
-_log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Job:
-    """What to run: everything that the coordinator needs beside Flower's ``Grid``.
-
-    Attributes:
-        config: the settings.
-        bundle_id, layout: what is trained.
-        initial_theta: float32, shape ``(layout.num_values,)``.
-        hooks: called after every release, in order.
-        audit: the operator's look inside a round.
-        stop: set it to stop the run; it can be resumed.
-        aggregators: how many must register before the first round.
-        registration_seconds: for that.
-    """
-
-    config: RunConfig
-    bundle_id: str
-    layout: Layout
-    initial_theta: NDArray[np.float32]
-    hooks: Sequence[RoundHook] = ()
-    audit: Audit = dataclasses.field(default_factory=NoAudit)
-    stop: threading.Event = dataclasses.field(default_factory=threading.Event)
-    aggregators: int = 1
-    registration_seconds: float = REGISTRATION_SECONDS
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RunResult:
-    """A finished run.
-
-    Attributes:
-        info: settings, ids, versions and the rounds' numbers.
-        theta: float32, shape ``(num_values,)``: the last release.
-        theta_path: its file.
-        epsilon: spent over all rounds, or None in mode ``none``.
-        already_finished: whether there was nothing left to do.
-    """
-
-    info: RunInfo
-    theta: NDArray[np.float32]
-    theta_path: Path
-    epsilon: float | None
-    already_finished: bool
+from carpool_server.promise import noise_multiplier_of, round_mechanism
+from carpool_server.round import PlannedRound, Surroundings, plan_round, release, run_round
+from carpool_server.sampling import KEY_BYTES, sampling_rate
+from carpool_server.statement import ENDINGS
 
 
 def run_rounds(grid: Grid, job: Job, folder: RunFolder) -> RunResult:
     """Runs all rounds that are left, each released once.
 
-    A round's order is what makes a crash harmless: exact sum; charge durable in the ledger;
-    noise; server step; checkpoint, atomic; release; hooks. Before the checkpoint nothing of
-    the round exists outside this process, so the round is done again: with the same devices
-    and the same sum, a charge that is not repeated, and fresh noise. After it the checkpoint
-    has the released theta, and only its file and the hooks may be left to do.
+    A round's order is what makes a crash harmless: room in the budget; exact sum; charge
+    durable in the ledger; noise; server step; checkpoint, atomic; release marked in the
+    ledger; release; hooks. Before the checkpoint nothing of the round exists outside this
+    process, so the round is done again: with the same devices and the same sum, a charge that
+    is not repeated, and fresh noise. After it the checkpoint has the released theta, and only
+    the mark, its file and the hooks may be left to do.
+
+    A run whose next round has no room in the budget, or for which too few devices are below
+    their cap, ends there, before any device is asked; ``RunResult.info.ended`` says so.
 
     Args:
         grid: Flower's.
@@ -102,7 +46,8 @@ def run_rounds(grid: Grid, job: Job, folder: RunFolder) -> RunResult:
         ContributionRejected: an aggregator with another bundle, layout or data set.
         ConfigError: a cohort that is larger than the population.
         CheckpointError: another population than the checkpoint's.
-        PrivacyError: a budget that is spent or cannot be met; nothing was released.
+        PrivacyError: a budget or caps that leave no room for a first round, that the run ended
+            at before, or that cannot be met; nothing was released.
         RunStopped: ``job.stop`` was set.
     """
     state = folder.state
@@ -116,25 +61,27 @@ def run_rounds(grid: Grid, job: Job, folder: RunFolder) -> RunResult:
         layout_id=job.layout.id,
         seconds=job.registration_seconds,
     )
+    ledger_path = ledger_path_of(folder.path, job.ledger_path)
     if state is None:
-        state = _first_state(job, owners, data_id)
+        state = _first_state(job, owners, data_id, ledger_path)
         folder.write(state)
         job.audit.reached(0, "checkpointed")
     else:
         _check_population(state.info, owners, data_id, folder.path)
-    with _open_ledger(job, state.info, folder) as ledger:
+    with open_books(ledger_path, job.config, state.info) as books:
         if state.info.round_number:
-            _release(job, folder, state, ledger, refused={})
-        for number in range(state.info.round_number + 1, job.config.rounds + 1):
-            state = _run_round(
-                number,
-                state,
-                job=job,
-                folder=folder,
-                exchange=exchange,
-                owners=owners,
-                ledger=ledger,
-            )
+            release(job, folder, state, books, refused={})
+        around = Surroundings(job=job, folder=folder, exchange=exchange, owners=owners, books=books)
+        while not state.info.finished:
+            planned = plan_round(around, state)
+            if planned.ending is None:
+                state = run_round(around, state, planned)
+                continue
+            if state.info.round_number == 0:
+                raise PrivacyError(_no_room(job, books, planned))
+            info = state.info.model_copy(update={"ended": planned.ending})
+            state = RunState(info=info, theta=state.theta, optimizer=state.optimizer)
+            folder.write(state)
     return _result(folder, state, already_finished=False)
 
 
@@ -143,164 +90,50 @@ def finished(job: Job, folder: RunFolder) -> RunResult:
 
     Raises:
         CheckpointError: the run is not over.
-        PrivacyError: its ledger is not the run's.
+        PrivacyError: its ledger is not the run's, or it ended at its budget or caps: there is
+            nothing to go on with.
     """
     state = folder.state
     if state is None or not state.info.finished:
         raise CheckpointError(f"{folder.path}: expected a finished run.")
-    with _open_ledger(job, state.info, folder) as ledger:
-        _release(job, folder, state, ledger, refused={})
+    info = state.info
+    with open_books(ledger_path_of(folder.path, job.ledger_path), job.config, info) as books:
+        release(job, folder, state, books, refused={})
+    if info.ended is not None:
+        spent = f", epsilon {info.history[-1].epsilon:.3f}" if info.history[-1].epsilon else ""
+        raise PrivacyError(
+            f"{folder.path}: the run ended at its {ENDINGS[info.ended]} after round "
+            f"{info.round_number} of {info.config.rounds}{spent}. What it released stays; no other "
+            "round may be run."
+        )
     return _result(folder, state, already_finished=True)
 
 
-def _run_round(
-    number: int,
-    state: RunState,
-    *,
-    job: Job,
-    folder: RunFolder,
-    exchange: Exchange,
-    owners: Owners,
-    ledger: Ledger | None,
-) -> RunState:
-    start = time.monotonic()
-    config, info = job.config, state.info
-    task = _task(number, info, owners)
-    gathered = Gathering(
-        exchange, task=task, theta=state.theta, owners=owners, rules=config.cohort
-    ).run()
-    total = gathered.total.values
-    job.audit.summed(number, total.copy(), tuple(sorted(gathered.device_ids)))
-    job.audit.reached(number, "summed")
-
-    epsilon = None
-    if ledger is not None:
-        epsilon = ledger.charge(_charge(number, info))
-    job.audit.reached(number, "charged")
-    noise = gaussian_on_grid(total.size, noise_multiplier=info.noise_multiplier)
-    job.audit.reached(number, "noised")
-
-    # the denominator is fixed: it tells nothing about who was there
-    unit = grid_step(config.privacy.clip_norm) / config.cohort.expected_size
-    mean = (total + noise).astype(np.float64) * unit
-    with np.errstate(over="ignore", invalid="ignore"):  # what comes out is looked at
-        theta, optimizer = make_optimizer(config.server).step(
-            state.theta,
-            mean,
-            state.optimizer,
-            rate=rate_at(number, rounds=config.rounds, config=config.server),
-        )
-    # before the checkpoint: one that is durable can be resumed
-    job.layout.check(theta, source=f"round {number}: theta after the server's step")
-    job.audit.reached(number, "stepped")
-
-    seconds = time.monotonic() - start
-    record = _record(number, seconds, gathered, drawn=len(task.device_ids), epsilon=epsilon)
-    new_info = info.model_copy(update={"round_number": number, "history": (*info.history, record)})
-    state = RunState(info=new_info, theta=theta, optimizer=optimizer)
-    folder.write(state)
-    job.audit.reached(number, "checkpointed")
-    _release(job, folder, state, ledger, refused=gathered.refused if ledger is None else {})
-    return state
-
-
-def _release(
-    job: Job,
-    folder: RunFolder,
-    state: RunState,
-    ledger: Ledger | None,
-    *,
-    refused: dict[str, Refusal],
-) -> None:
-    """Makes a checkpointed round known. May be done again: the files are there or made."""
-    number = state.info.round_number
-    if ledger is not None:
-        ledger.mark_released(number)
-    folder.release(state, layout=job.layout)
-    job.audit.reached(number, "released")
-    theta = state.theta.copy()
-    theta.flags.writeable = False
-    facts = RoundFacts(
-        round_number=number,
-        rounds=state.info.config.rounds,
-        theta=theta,
-        record=state.info.history[-1],
-        refused=refused,
-    )
-    for hook in job.hooks:
-        hook.after_round(facts)
-    job.audit.reached(number, "hooked")
-
-
-def _task(number: int, info: RunInfo, owners: Owners) -> TaskHeader:
-    config = info.config
-    key = (
-        bytes.fromhex(info.sampling_key)
-        if info.sampling_key is not None
-        else derived_key(config.seed, purpose="carpool/1/cohort-key")
-    )
-    rate = sampling_rate(expected_size=config.cohort.expected_size, population=len(owners))
-    return TaskHeader(
-        run_id=info.run_id,
-        round_number=number,
-        bundle_id=info.bundle_id,
-        layout_id=info.layout_id,
-        recipe=config.local,
-        order_key=derived_key(config.seed, purpose="carpool/1/order-key").hex(),
-        clip_norm=config.privacy.clip_norm,
-        device_ids=PoissonSampler(rate=rate, key=key).draw(owners, round_number=number),
-        report_loss=config.privacy.mode == "none",
+def _no_room(job: Job, books: Books, planned: PlannedRound) -> str:
+    if planned.ending == "budget" and books.ledger is not None and planned.charge is not None:
+        return f"{books.ledger.book.path}: {books.ledger.refusal(planned.charge)}"
+    return (
+        f"expected at least {job.config.cohort.expected_size:g} devices below their cap of "
+        f"{books.cap} rounds, which a round expects, got {len(planned.devices)}. Lower "
+        "cohort.expected_size, or bring more devices."
     )
 
 
-def _charge(number: int, info: RunInfo) -> Charge:
-    cohort = info.config.cohort
-    return Charge(
-        round_number=number,
-        noise_multiplier=info.noise_multiplier,
-        sampling_rate=sampling_rate(
-            expected_size=cohort.expected_size, population=info.population.size
-        ),
-        clip_norm=info.config.privacy.clip_norm,
-    )
-
-
-def _record(
-    number: int, seconds: float, gathered: Gathered, *, drawn: int, epsilon: float | None
-) -> RoundRecord:
-    told: dict[str, object] = {
-        "round_number": number,
-        "seconds": seconds,
-        "extensions": gathered.extensions,
-        "epsilon": epsilon,
-    }
-    if epsilon is None:
-        count = gathered.total.count
-        told |= {
-            "bytes_down": gathered.bytes_down,
-            "bytes_up": gathered.bytes_up,
-            "drawn": drawn,
-            "count": count,
-            "refused": len(gathered.refused),
-            "rejected": tuple(gathered.rejected),
-            "mean_loss": gathered.loss_sum / count if count else None,
-        }
-    return RoundRecord.model_validate(told)
-
-
-def _first_state(job: Job, owners: Owners, data_id: str | None) -> RunState:
-    config, privacy = job.config, job.config.privacy
+def _first_state(job: Job, owners: Owners, data_id: str | None, ledger_path: Path) -> RunState:
+    config = job.config
     population = identify(owners)
-    rate = sampling_rate(expected_size=config.cohort.expected_size, population=population.size)
-    noise_multiplier, sampling_key = 0.0, None
-    if privacy.epsilon is not None and privacy.delta is not None:
-        noise_multiplier = noise_multiplier_for(
-            epsilon=privacy.epsilon,
-            delta=privacy.delta,
-            sampling_rate=rate,
-            rounds=config.rounds,
-        )
-        sampling_key = secrets.token_hex(KEY_BYTES)
+    # refuses a cohort that is larger than the population
+    sampling_rate(expected_size=config.cohort.expected_size, population=population.size)
+    num_values = round_mechanism(
+        config, num_values=job.layout.num_values, noise_multiplier=0.0
+    ).num_values
+    noise_multiplier = noise_multiplier_of(
+        config,
+        population=population.size,
+        num_values=num_values,
+        history=history_of(ledger_path, config, population=population.digest),
+    )
+    secret = config.privacy.mode == "central"
     info = RunInfo(
         run_id=secrets.token_hex(8),
         round_number=0,
@@ -310,32 +143,15 @@ def _first_state(job: Job, owners: Owners, data_id: str | None) -> RunState:
         data_id=data_id,
         population=population,
         noise_multiplier=noise_multiplier,
-        sampling_key=sampling_key,
+        clip_norm=config.privacy.clip_norm,
+        sampling_key=secrets.token_hex(KEY_BYTES) if secret else None,
         versions=_versions(),
         history=(),
     )
-    theta = job.initial_theta.astype(np.float32)
+    theta = job.initial_theta.astype("float32")
     return RunState(
         info=info, theta=theta, optimizer=make_optimizer(config.server).init(theta.size)
     )
-
-
-@contextmanager
-def _open_ledger(job: Job, info: RunInfo, folder: RunFolder) -> Iterator[Ledger | None]:
-    """The run's ledger, checked against its checkpoint; None in mode ``none``."""
-    privacy = job.config.privacy
-    if privacy.epsilon is None or privacy.delta is None:
-        yield None
-        return
-    ledger = Ledger(
-        folder.path / LEDGER_NAME,
-        run_id=info.run_id,
-        epsilon=privacy.epsilon,
-        delta=privacy.delta,
-    )
-    with closing(ledger):
-        ledger.check_covers(info.round_number)
-        yield ledger
 
 
 def _check_population(info: RunInfo, owners: Owners, data_id: str | None, folder: Path) -> None:
@@ -360,11 +176,11 @@ def _result(folder: RunFolder, state: RunState, *, already_finished: bool) -> Ru
         info=info,
         theta=state.theta,
         theta_path=folder.release_path(info.round_number),
-        epsilon=info.history[-1].epsilon,
+        epsilon=info.history[-1].epsilon if info.history else None,
         already_finished=already_finished,
     )
 
 
 def _versions() -> dict[str, str]:
-    packages = ("carpool", "flwr", "numpy", "opacus")
+    packages = ("carpool", "flwr", "numpy", "opacus", "dp-accounting")
     return {"python": platform.python_version()} | {name: version(name) for name in packages}

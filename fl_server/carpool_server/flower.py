@@ -13,7 +13,8 @@ from carpool.bundle import Bundle
 from carpool.config import load_config
 from carpool.errors import ConfigError
 from carpool_server.checkpoint import RunFolder
-from carpool_server.coordinator import Job, run_rounds
+from carpool_server.coordinator import run_rounds
+from carpool_server.job import Job
 
 _FOLDERS = ("bundle", "out", "settings")
 

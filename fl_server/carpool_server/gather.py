@@ -86,7 +86,8 @@ class Gathering:
         cohort = task.device_ids
         # against a product such as 0.7 * 10, which is a little more than 7
         self._needed = math.ceil(rules.quorum * len(cohort) - 1e-9)
-        self.result = Gathered(total=Total(num_values=theta.size, capacity=len(cohort)))
+        num_values = sum(task.blocks(theta.size).values())
+        self.result = Gathered(total=Total(num_values=num_values, capacity=len(cohort)))
 
     def run(self) -> Gathered:
         """Asks, waits and adds until the round ends.

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from carpool.errors import Refusal
 from carpool.schema import Model
+from carpool_server.privacy.metrics import RoundMetrics
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -20,7 +21,7 @@ class RoundRecord(Model):
 
     In mode ``central`` whatever would tell something exact about the cohort is None: how many
     were drawn, took part or were refused, the aggregators that were refused, the bytes (they
-    hold the cohort's names), and the loss.
+    hold the cohort's names), and the loss. In mode ``example_level`` the loss is.
 
     Attributes:
         round_number: 1 or more.
@@ -34,6 +35,8 @@ class RoundRecord(Model):
             aggregator, what was expected and what was found.
         mean_loss: mean of the devices' mean training losses.
         epsilon: spent up to and with this round; mode ``central`` only.
+        clip_norm: C of this round, in theta's units.
+        metrics: the devices' noised metrics, where the settings ask for them.
     """
 
     round_number: Annotated[int, Field(ge=1)]
@@ -47,6 +50,8 @@ class RoundRecord(Model):
     rejected: tuple[str, ...] | None = None
     mean_loss: float | None = None
     epsilon: Annotated[float, Field(ge=0)] | None = None
+    clip_norm: Annotated[float, Field(gt=0)]
+    metrics: RoundMetrics | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

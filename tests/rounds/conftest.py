@@ -16,7 +16,8 @@ from tiny_data import write_tiny_data
 import carpool_sim  # noqa: F401  sets Flower's and Ray's environment before they are imported
 from carpool.config import RunConfig
 from carpool_server.checkpoint import RunFolder
-from carpool_server.coordinator import Job, RunResult, run_rounds
+from carpool_server.coordinator import run_rounds
+from carpool_server.job import Job, RunResult
 
 
 @pytest.fixture

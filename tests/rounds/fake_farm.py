@@ -10,9 +10,9 @@ import numpy as np
 from flwr.app import Message
 
 from carpool.errors import Refusal
-from carpool.protocol import Contribution, ContributionHeader, PoolHeader, RoundTask, TaskHeader
+from carpool.protocol import Contribution, PoolHeader, RoundTask, TaskHeader
 from carpool.theta import Layout, Segment
-from carpool_server.aggregation import Total, clip_to_grid
+from carpool_server.aggregation import ContributionBuilder, DeviceFacts
 from carpool_server.exchange import DESCRIBE, from_record, to_record
 
 BUNDLE_ID = "b" * 64
@@ -36,26 +36,14 @@ def update_of(device_id: str, task: RoundTask) -> np.ndarray:
 
 def contribution_to(task: RoundTask, *, refused: dict[str, Refusal] | None = None) -> Contribution:
     """The honest answer."""
-    header, refused = task.header, refused or {}
-    taking_part = tuple(i for i in header.device_ids if i not in refused)
-    total = Total(num_values=NUM_VALUES, capacity=max(1, len(taking_part)))
-    for device in taking_part:
-        update = update_of(device, task)
-        total.add(clip_to_grid(update, clip_norm=header.clip_norm, device_id=device), count=1)
-    return Contribution(
-        header=ContributionHeader(
-            run_id=header.run_id,
-            round_number=header.round_number,
-            bundle_id=header.bundle_id,
-            layout_id=header.layout_id,
-            device_ids=taking_part,
-            count=len(taking_part),
-            refused=refused,
-            num_examples=len(taking_part) if header.report_loss else None,
-            loss_sum=0.5 * len(taking_part) if header.report_loss else None,
-        ),
-        total=total.values,
-    )
+    builder = ContributionBuilder(task.header, num_values=NUM_VALUES)
+    for device in task.header.device_ids:
+        if refused and device in refused:
+            builder.refuse(device, refused[device])
+        else:
+            facts = DeviceFacts(num_examples=1, mean_loss=0.5, hit_at_1=0.25)
+            builder.add(device, update_of(device, task), facts)
+    return builder.build()
 
 
 Lie = Callable[[Message, RoundTask], "Message | None"]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from carpool.config import RunConfig, parse_config
-from carpool_server.coordinator import RunResult
+from carpool_server.job import RunResult
 
 RunHere = Callable[..., RunResult]
 """The fixture ``run_here``."""
@@ -34,7 +34,7 @@ class Witness:
 
 def settings(*, mode: str = "none", **changes: object) -> RunConfig:
     """Small and quick; ``changes`` are sections or single values of the settings."""
-    private = {"epsilon": 4.0, "delta": 1e-5} if mode == "central" else {}
+    private = {"epsilon": 4.0, "delta": 1e-5, "regime": "poisson"} if mode == "central" else {}
     values: dict[str, Any] = {
         "rounds": 3,
         "seed": 5,

@@ -11,6 +11,7 @@ from pathlib import Path
 import fake_farm
 import numpy as np
 import pytest
+from carpool_server.privacy.accounting import Epsilon
 from fake_farm import FakeAggregator, answer, contribution_to, dealt
 from flwr.app import Error, Message
 from round_kit import RunHere, Witness, settings
@@ -18,10 +19,10 @@ from round_kit import RunHere, Witness, settings
 from carpool.config import SgdConfig
 from carpool.errors import CheckpointError, PrivacyError, RoundFailed
 from carpool.protocol import RoundTask
-from carpool_server import coordinator, ledger
+from carpool_server import promise
 from carpool_server.checkpoint import CHECKPOINT_NAME
 from carpool_server.hooks import RoundFacts
-from carpool_server.ledger import LEDGER_NAME
+from carpool_server.privacy.ledger import LEDGER_NAME, ledger
 
 Z = 1.3
 
@@ -29,8 +30,12 @@ Z = 1.3
 @pytest.fixture(autouse=True)
 def cheap_accounting(monkeypatch: pytest.MonkeyPatch) -> None:
     """The accountant has tests of its own; here a round costs 0.1."""
-    monkeypatch.setattr(coordinator, "noise_multiplier_for", lambda **_: Z)
-    monkeypatch.setattr(ledger, "epsilon_spent", lambda pairs, **_: 0.1 * len(list(pairs)))
+    monkeypatch.setattr(promise, "calibrate", lambda **_: Z)
+    monkeypatch.setattr(
+        ledger,
+        "epsilon_of",
+        lambda releases, delta: Epsilon(value=0.1 * len(releases), delta=delta, method="prv"),
+    )
 
 
 def nodes(count: int = 30) -> dict[int, FakeAggregator]:
@@ -188,29 +193,81 @@ def test_every_run_draws_its_own_cohorts(run_here: RunHere) -> None:
     assert first.devices != second.devices
 
 
-def test_a_spent_budget_stops_the_run_before_the_release(run_here: RunHere, tmp_path: Path) -> None:
-    """The rounds before stay; the round is refused again on resume."""
+def test_a_spent_budget_ends_the_run_before_any_device_is_asked(
+    run_here: RunHere, tmp_path: Path
+) -> None:
+    """The rounds before stay, with what they cost; starting again is refused."""
     config = settings(mode="central", privacy={"epsilon": 0.25})
-    for resume in (False, True):
-        with pytest.raises(PrivacyError) as caught:
-            run_here(nodes(), config=config, resume=resume)
-    assert str(caught.value) == (
-        f"{tmp_path / 'run' / LEDGER_NAME}: round 3 would bring epsilon to 0.300 at delta 1e-05; "
-        "the budget is 0.25. Nothing was released."
-    )
+    asked = nodes()
+    result = run_here(asked, config=config)
+    assert (result.info.round_number, result.info.ended) == (2, "budget")
+    assert result.epsilon == pytest.approx(0.2)
+    assert {task.round_number for node in asked.values() for task in node.tasks} == {1, 2}
     assert len(list(tmp_path.glob("run/theta-*"))) == 2
+
+    for _ in range(2):
+        again = nodes()
+        with pytest.raises(PrivacyError) as caught:
+            run_here(again, config=config, resume=True)
+        assert not any(node.tasks for node in again.values())
+    assert str(caught.value) == (
+        f"{tmp_path / 'run'}: the run ended at its budget after round 2 of 3, epsilon 0.200. What "
+        "it released stays; no other round may be run."
+    )
+
+
+def test_runs_over_one_population_share_its_budget(run_here: RunHere, tmp_path: Path) -> None:
+    """The second run composes with the first, and a third is refused before it asks anybody."""
+    config = settings(mode="central", privacy={"epsilon": 0.45})
+    book = tmp_path / "population.jsonl"
+    first = run_here(nodes(), config=config, ledger_path=book, out="first")
+    assert first.info.ended is None
+    second = run_here(nodes(), config=config, ledger_path=book, out="second")
+    assert (second.info.round_number, second.info.ended) == (1, "budget")
+    assert second.epsilon == pytest.approx(0.4)
+    asked = nodes()
+    with pytest.raises(PrivacyError) as caught:
+        run_here(asked, config=config, ledger_path=book, out="third")
+    assert str(caught.value) == (
+        f"{book}: round 1 would bring epsilon to 0.500 at delta 1e-05; 0.400 of the budget of "
+        "0.45 is spent. Nothing more is released to this population."
+    )
+    assert not any(node.tasks for node in asked.values())
+    assert not list(tmp_path.glob("third/theta-*"))
+
+
+def test_another_promise_to_the_same_population_is_refused(
+    run_here: RunHere, tmp_path: Path
+) -> None:
+    """A larger budget cannot be had by asking again."""
+    book = tmp_path / "population.jsonl"
+    run_here(nodes(), config=settings(mode="central"), ledger_path=book, out="first")
+    config = settings(mode="central", privacy={"epsilon": 5.0})
+    with pytest.raises(PrivacyError) as caught:
+        run_here(nodes(), config=config, ledger_path=book, out="second")
+    assert str(caught.value) == (
+        f"{book}: expected the ledger's own epsilon 4.0, got 5.0. A population has one promise "
+        "over all its runs: keep to it, or name another population's ledger."
+    )
 
 
 def test_a_lost_ledger_stops_the_resume(run_here: RunHere, tmp_path: Path) -> None:
-    """An empty ledger beside released rounds is not believed."""
-    config = settings(mode="central", privacy={"epsilon": 0.25})
-    with pytest.raises(PrivacyError):
-        run_here(nodes(), config=config)
-    (tmp_path / "run" / LEDGER_NAME).unlink()
-    with pytest.raises(PrivacyError) as caught:
-        run_here(nodes(), config=config, resume=True)
-    assert str(caught.value) == (
-        f"{tmp_path / 'run' / LEDGER_NAME}: expected a charge for every round up to 2, the "
-        "checkpoint's, and at most one more, got charges for []. Restore the ledger that belongs "
-        "to this run."
-    )
+    """An empty ledger beside released rounds is not believed; nor is one that lost its end."""
+
+    class Stops:
+        def after_round(self, facts: RoundFacts) -> None:
+            if facts.round_number == 2:
+                raise InterruptedError
+
+    config = settings(mode="central")
+    with pytest.raises(InterruptedError):
+        run_here(nodes(), config=config, hooks=[Stops()])
+    book = tmp_path / "run" / LEDGER_NAME
+    lines = book.read_bytes().splitlines(keepends=True)
+    for kept in ([], lines[:2]):
+        book.write_bytes(b"".join(kept))
+        with pytest.raises(PrivacyError) as caught:
+            run_here(nodes(), config=config, resume=True)
+        assert str(caught.value).startswith(
+            f"{book}: expected the ledger that the run's checkpoint was written beside, with a line"
+        )

@@ -20,16 +20,18 @@ from pathlib import Path
 import fake_farm
 import numpy as np
 import pytest
+from carpool_server.privacy.accounting import Epsilon
 from fake_farm import FakeAggregator, dealt
 from local_grid import LocalGrid
 from round_kit import settings
 
 from carpool.config import RunConfig
 from carpool.theta import read_theta
-from carpool_server import coordinator, ledger
+from carpool_server import promise
 from carpool_server.checkpoint import CHECKPOINT_NAME, RunFolder, read_checkpoint
-from carpool_server.coordinator import Job, run_rounds
-from carpool_server.ledger import LEDGER_NAME, Ledger
+from carpool_server.coordinator import run_rounds
+from carpool_server.job import Job
+from carpool_server.privacy.ledger import LEDGER_NAME, ledger, read_ledger
 
 STEPS = ("summed", "charged", "noised", "stepped", "checkpointed", "released", "hooked")
 KILLED = 137
@@ -106,18 +108,9 @@ def thetas(out: Path) -> dict[str, bytes]:
     }
 
 
-def charged(out: Path, config: RunConfig) -> list[int]:
-    info = read_checkpoint(out / CHECKPOINT_NAME).info
-    assert config.privacy.epsilon is not None
-    assert config.privacy.delta is not None
-    book = Ledger(
-        out / LEDGER_NAME,
-        run_id=info.run_id,
-        epsilon=config.privacy.epsilon,
-        delta=config.privacy.delta,
-    )
-    with closing(book):
-        return [charge.round_number for charge in book.charges()]
+def charged(out: Path) -> list[int]:
+    book, _ = read_ledger(out / LEDGER_NAME)
+    return [charged.charge.round_number for charged in book.charges]
 
 
 def check_after_death(out: Path, config: RunConfig, before: dict[str, bytes]) -> None:
@@ -130,7 +123,7 @@ def check_after_death(out: Path, config: RunConfig, before: dict[str, bytes]) ->
     done = state.info.round_number
     assert len(now) in {done, done - 1}, "a release without its checkpoint"
     if config.privacy.mode == "central":
-        rounds = charged(out, config) if (out / LEDGER_NAME).exists() else []
+        rounds = charged(out) if (out / LEDGER_NAME).exists() else []
         assert rounds in (list(range(1, done + 1)), list(range(1, done + 2)))
     if len(now) == done and done:
         path = out / f"theta-round-{done:04d}.safetensors"
@@ -150,8 +143,12 @@ def sums(log: Path) -> dict[int, set[str]]:
 @pytest.fixture(autouse=True)
 def cheap_accounting(monkeypatch: pytest.MonkeyPatch) -> None:
     """The accountant has tests of its own; here a round costs 0.1."""
-    monkeypatch.setattr(coordinator, "noise_multiplier_for", lambda **_: 1.3)
-    monkeypatch.setattr(ledger, "epsilon_spent", lambda pairs, **_: 0.1 * len(list(pairs)))
+    monkeypatch.setattr(promise, "calibrate", lambda **_: 1.3)
+    monkeypatch.setattr(
+        ledger,
+        "epsilon_of",
+        lambda releases, delta: Epsilon(value=0.1 * len(releases), delta=delta, method="prv"),
+    )
 
 
 @pytest.mark.parametrize("mode", ["none", "central"])
@@ -226,7 +223,7 @@ def check_whole(
     rounds = list(range(1, config.rounds + 1))
     if config.privacy.mode == "central":
         # every attempt at a round had the same cohort and the same exact sum
-        first, done = sums(log), charged(out, config)
+        first, done = sums(log), charged(out)
         assert done == rounds
         # from the second round on the sums depend on released noise: equal within one run only
         assert {number: len(digests) for number, digests in first.items()} == dict.fromkeys(

@@ -92,16 +92,18 @@ LIES: dict[str, tuple[fake_farm.Lie, str]] = {
     ),
     "value out of range": (
         with_total(spike),
-        "expected values within {bound} grid units (of {n} clipped updates), got 1099511627776.",
+        "theta: expected values within {bound} grid units (of {n} clipped updates), "
+        "got 1099511627776.",
     ),
     "norm out of range": (
         with_total(long),
-        "expected an L2 norm within {bound} grid units (of {n} clipped updates), got a larger one.",
+        "theta: expected an L2 norm within {bound} grid units (of {n} clipped updates), "
+        "got a larger one.",
     ),
     "the most negative integer": (
         with_total(most_negative),
         (
-            "expected values within {bound} grid units (of {n} clipped updates), "
+            "theta: expected values within {bound} grid units (of {n} clipped updates), "
             "got 9223372036854775808."
         ),
     ),
@@ -119,7 +121,7 @@ LIES: dict[str, tuple[fake_farm.Lie, str]] = {
     ),
     "from nobody, but not zero": (
         changed(device_ids=(), count=0),
-        "expected a sum of zeros from no device, got a value of {largest}.",
+        "theta: expected a sum of zeros from no device, got a value of {largest}.",
     ),
     "no loss": (
         changed(loss_sum=None),

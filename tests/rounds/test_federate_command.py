@@ -93,13 +93,16 @@ def test_the_privacy_mode_has_no_default(command: Any) -> None:  # noqa: ANN401
 def test_central_says_what_was_spent_and_on_whom(command: Any) -> None:  # noqa: ANN401
     """Epsilon with its delta, unit and accountant; the real accountant runs."""
     result = command(
-        "--privacy", "central", "--set", "privacy.epsilon=8", "--set", "privacy.delta=1e-3"
+        *("--privacy", "central", "--set", "privacy.regime=poisson"),
+        *("--set", "privacy.epsilon=8", "--set", "privacy.delta=1e-3"),
     )
     assert result.exit_code == 0, result.output
     last = result.stdout.splitlines()[-1]
     assert last.startswith(("privacy: epsilon 7.9", "privacy: epsilon 8.00"))
     assert last.endswith(
-        " at delta 0.001 was spent; unit: one client, over all rounds (PRV accountant)."
+        " at delta 0.001 was spent; unit: one device, all of its text, over all rounds of all "
+        "runs of the population (PRV (Opacus), Poisson-subsampled Gaussian, neighbouring: add or "
+        "remove one client, upper bound)."
     )
 
 

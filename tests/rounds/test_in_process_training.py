@@ -20,11 +20,12 @@ from carpool.protocol import RoundTask, TaskHeader, Wire
 from carpool.recipe import LocalRecipe
 from carpool.theta import read_theta, zero_theta
 from carpool_device.training import LocalUpdate, train_locally
-from carpool_server.aggregation import clip_to_grid
 from carpool_server.checkpoint import RunFolder
-from carpool_server.coordinator import Job, RunResult, run_rounds
+from carpool_server.coordinator import run_rounds
 from carpool_server.exchange import DESCRIBE, to_record
 from carpool_server.flower import make_server_app
+from carpool_server.job import Job, RunResult
+from carpool_server.privacy.clipping import clip_to_grid
 from carpool_sim import aggregator
 from carpool_sim.aggregator import Farm, Sources, contribute, data_id_of, farm, make_client_app
 from carpool_sim.spread import spread

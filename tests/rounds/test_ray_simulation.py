@@ -22,7 +22,7 @@ from carpool.bundle import Bundle
 from carpool.data.dataset import Dataset, Split, write_dataset
 from carpool.theta import read_theta
 from carpool_server.checkpoint import CHECKPOINT_NAME, read_checkpoint
-from carpool_server.ledger import LEDGER_NAME
+from carpool_server.privacy.ledger import LEDGER_NAME
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -254,7 +254,7 @@ def test_the_checkpoint_has_settings_versions_and_ids(tmp_path: Path) -> None:
     path = tmp_path / "run" / CHECKPOINT_NAME
     info = read_checkpoint(path).info
     assert info.config == settings()
-    assert set(info.versions) == {"python", "carpool", "flwr", "numpy", "opacus"}
+    assert set(info.versions) == {"python", "carpool", "flwr", "numpy", "opacus", "dp-accounting"}
     assert (info.bundle_id, info.data_id) == (fake_farm.BUNDLE_ID, fake_farm.DATA_ID)
     assert info.sampling_key is None
     assert stat.S_IMODE(path.stat().st_mode) == 0o644

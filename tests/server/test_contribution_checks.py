@@ -61,8 +61,8 @@ def test_one_grid_unit_beyond_the_bound_is_refused(values: list[int]) -> None:
     with pytest.raises(ContributionRejected) as caught:
         check(contribution(values))
     assert str(caught.value) == (
-        "aggregator 7: expected an L2 norm within 2147483648 grid units (of 2 clipped updates), "
-        "got a larger one."
+        "aggregator 7: theta: expected an L2 norm within 2147483648 grid units (of 2 clipped "
+        "updates), got a larger one."
     )
 
 

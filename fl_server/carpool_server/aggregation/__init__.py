@@ -1,6 +1,7 @@
 """From devices' updates to one exact integer sum that nobody can push past its bound."""
 
-from carpool_server.aggregation.grid import Total, clip_to_grid, grid_step
+from carpool_server.aggregation.contribution import ContributionBuilder, DeviceFacts
+from carpool_server.aggregation.total import Total, blocks_of
 from carpool_server.aggregation.validation import validate_contribution
 
-__all__ = ["Total", "clip_to_grid", "grid_step", "validate_contribution"]
+__all__ = ["ContributionBuilder", "DeviceFacts", "Total", "blocks_of", "validate_contribution"]

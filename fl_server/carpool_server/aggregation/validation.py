@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
+from numpy.typing import NDArray
+
 from carpool.errors import ContributionRejected
-from carpool.protocol import Contribution, TaskHeader
-from carpool_server.aggregation.grid import GRID_BOUND
+from carpool.protocol import GRID_BOUND, Block, Contribution, TaskHeader
+from carpool_server.aggregation.total import blocks_of
 
 MAX_MEAN_LOSS = 1e6
 """Nats: far above any cross-entropy of logits that a device would still call finite training."""
@@ -16,8 +19,8 @@ def validate_contribution(
     """Refuses a contribution that does not answer its task or exceeds its bound.
 
     Guarantees: on return the sum is that of at most ``count`` distinct devices that were
-    asked, and it is one that ``count`` clipped updates can have: its L2 norm is at most
-    ``count * 2**GRID_BITS`` grid units, compared exactly in integers.
+    asked, and it is one that ``count`` clipped updates can have: the L2 norm of each of its
+    blocks is at most ``count * 2**GRID_BITS`` grid units, compared exactly in integers.
 
     What it cannot see: an honest-looking sum within the bound. A lying aggregator has the
     influence of the devices it speaks for, and no more.
@@ -33,15 +36,18 @@ def validate_contribution(
     """
     header = contribution.header
     for name in ("run_id", "round_number", "bundle_id", "layout_id"):
-        expected, found = getattr(task, name), getattr(header, name)
-        if found != expected:
-            raise ContributionRejected(f"expected {name} {expected}, got {found}.", sender=sender)
-    if contribution.total.shape != (num_values,):
+        asked, found = getattr(task, name), getattr(header, name)
+        if found != asked:
+            raise ContributionRejected(f"expected {name} {asked}, got {found}.", sender=sender)
+    sizes = task.blocks(num_values)
+    expected = sum(sizes.values())
+    if contribution.total.shape != (expected,):
         raise ContributionRejected(
-            f"expected a sum of {num_values} values, got {contribution.total.size}.", sender=sender
+            f"expected a sum of {expected} values, got {contribution.total.size}.", sender=sender
         )
     _validate_devices(contribution, task=task, sender=sender)
-    _validate_range(contribution, sender=sender)
+    for block, values in blocks_of(contribution.total, sizes).items():
+        _validate_range(block, values, count=header.count, sender=sender)
     _validate_loss(contribution, task=task, sender=sender)
 
 
@@ -99,25 +105,25 @@ def _validate_devices(contribution: Contribution, *, task: TaskHeader, sender: s
         )
 
 
-def _validate_range(contribution: Contribution, *, sender: str) -> None:
-    count = contribution.header.count
+def _validate_range(block: Block, total: NDArray[np.int64], *, count: int, sender: str) -> None:
     # Python's integers: the squares do not fit 64 bits
-    values = contribution.total.tolist()
+    values = total.tolist()
     largest = max(map(abs, values))
     if count == 0 and largest:
         raise ContributionRejected(
-            f"expected a sum of zeros from no device, got a value of {largest}.", sender=sender
+            f"{block}: expected a sum of zeros from no device, got a value of {largest}.",
+            sender=sender,
         )
     bound = count * GRID_BOUND
     if largest > bound:
         raise ContributionRejected(
-            f"expected values within {bound} grid units (of {count} clipped updates), "
+            f"{block}: expected values within {bound} grid units (of {count} clipped updates), "
             f"got {largest}.",
             sender=sender,
         )
     if sum(value * value for value in values) > bound * bound:
         raise ContributionRejected(
-            f"expected an L2 norm within {bound} grid units (of {count} clipped updates), "
-            "got a larger one.",
+            f"{block}: expected an L2 norm within {bound} grid units (of {count} clipped "
+            "updates), got a larger one.",
             sender=sender,
         )

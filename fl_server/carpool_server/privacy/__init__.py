@@ -1,1 +1,1 @@
-"""What is promised about one client's data, and what that costs."""
+"""What is promised about anybody's data: clipping, noise, accounting, ledger, audit."""

@@ -1,0 +1,106 @@
+"""What outlives a run: the population's ledger and participations, opened beside a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+
+from carpool.config import RunConfig
+from carpool.errors import PrivacyError
+from carpool_server.checkpoint import RunInfo
+from carpool_server.participation import PARTICIPATION_NAME, Participation
+from carpool_server.privacy.accounting import Release
+from carpool_server.privacy.ledger import LEDGER_NAME, Ledger, read_promised
+from carpool_server.promise import promise_of
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Books:
+    """Open files of a population; None where the mode keeps none.
+
+    Attributes:
+        ledger: what was spent; mode ``central``.
+        participation: who is in how many rounds; where a cap is kept.
+        cap: that cap.
+    """
+
+    ledger: Ledger | None = None
+    participation: Participation | None = None
+    cap: int | None = None
+
+    def eligible(self, devices: Iterable[str], *, run_id: str, number: int) -> list[str]:
+        """The devices below their cap, sorted; a round that is done again counts itself not."""
+        if self.participation is None or self.cap is None:
+            return sorted(devices)
+        counts = self.participation.counts(without=(run_id, number))
+        return sorted(device for device in devices if counts.get(device, 0) < self.cap)
+
+    def largest_participation(self) -> int:
+        """Most rounds that any device is in; 0 where no cap is kept."""
+        if self.participation is None:
+            return 0
+        return max(self.participation.counts().values(), default=0)
+
+
+@contextmanager
+def open_books(path: Path, config: RunConfig, info: RunInfo) -> Iterator[Books]:
+    """The population's files, checked against a run's checkpoint.
+
+    Args:
+        path: the ledger's; participations lie beside it.
+        config: of the run.
+        info: of its checkpoint.
+
+    Raises:
+        PrivacyError: a file cannot be used, or does not belong to the checkpoint.
+    """
+    privacy = config.privacy
+    promise = promise_of(privacy, population=info.population.digest)
+    cap = privacy.max_participations
+    ledger = participation = None
+    with ExitStack() as stack:
+        if promise is not None:
+            ledger = stack.enter_context(closing(Ledger(path, promise)))
+            ledger.check_covers(info.run_id, info.round_number, head=info.ledger_head)
+        if cap is not None:
+            participation = stack.enter_context(
+                closing(Participation(path.with_name(PARTICIPATION_NAME)))
+            )
+            _check_participations(participation, info, ledger)
+        yield Books(ledger=ledger, participation=participation, cap=cap)
+
+
+def history_of(path: Path, config: RunConfig, *, population: str) -> list[Release]:
+    """What the population's ledger holds already; nothing where there is none.
+
+    Raises:
+        PrivacyError: it cannot be read, or promises something else.
+    """
+    promise = promise_of(config.privacy, population=population)
+    if promise is None or not path.exists():
+        return []
+    return [charged.charge.release for charged in read_promised(path, promise).charges]
+
+
+def ledger_path_of(folder: Path, given: Path | None) -> Path:
+    """Where a run's ledger is: as given, or in the run's own folder.
+
+    A simulation's population is imagined for the run, so each run's own ledger is honest there.
+    """
+    return folder / LEDGER_NAME if given is None else given
+
+
+def _check_participations(
+    participation: Participation, info: RunInfo, ledger: Ledger | None
+) -> None:
+    found = max(participation.counts().values(), default=0)
+    marks = [] if ledger is None else ledger.book.releases
+    expected = max([info.largest_participation, *(r.largest_participation for r in marks)])
+    if found < expected:
+        raise PrivacyError(
+            f"{participation.path}: expected a device that is in {expected} rounds, as released "
+            f"before, got at most {found}. Restore the file that belongs to this population; "
+            "without it no cap can be kept."
+        )
