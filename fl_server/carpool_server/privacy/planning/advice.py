@@ -9,14 +9,23 @@ from carpool.errors import PrivacyError
 from carpool_server.privacy.planning.evidence import COSTLY, SENSIBLE, Band, band_of
 from carpool_server.privacy.planning.plan import Plan
 
+WEAK_EPSILON = 10.0
+"""Above it formal guarantees are called weak: Ponomareva et al. (2023), arXiv 2303.00654."""
+
 
 def advice(plan: Plan) -> str:
     """One sentence: the verdict, what it rests on, and each single change that would do.
 
     Every change is computed with the accountant, others kept: a larger cohort with its population
     in proportion, fewer values, fewer rounds (or participations) at the same epsilon, a larger
-    epsilon. What it rests on is 60 rounds of one data set (``evidence``).
+    epsilon up to ``WEAK_EPSILON``. What it rests on is 60 rounds of one data set (``evidence``).
     """
+    epsilon = plan.epsilon_after(plan.rounds).value
+    if epsilon > WEAK_EPSILON:
+        return (
+            f"This plan is not sensible: epsilon {epsilon:.3g} is above {WEAK_EPSILON:g}, beyond "
+            "which the promise is weak; plan for a smaller one."
+        )
     ratio, band = plan.noise_to_signal, band_of(plan.noise_to_signal)
     text = (
         f"This plan is {band.name}: a round's noise is {ratio:.2g} times the largest mean, where "
@@ -31,23 +40,26 @@ def _kept(band: Band) -> str:
     if band is SENSIBLE:
         return f"at least {band.kept_least:.0%}"
     between = f"{band.kept_least:.0%} to {band.kept_most:.0%}"
-    # nothing was measured between the bands, so below the costly ones' first only they can speak
     return f"only {between}" if band is COSTLY else f"{between} or less"
 
 
 def _changes(plan: Plan) -> str:
-    """What brings the noise down to ``SENSIBLE``, one change at a time."""
+    """What brings the noise down to ``SENSIBLE``, one change at a time, and what cannot."""
     cohort = math.ceil(plan.noise_cohort * plan.noise_to_signal / SENSIBLE.up_to)
     population = math.ceil(plan.noise_population * cohort / plan.noise_cohort)
     values = math.floor(plan.num_values * (SENSIBLE.up_to / plan.noise_to_signal) ** 2)
-    changes = [
-        f"a cohort of {cohort:,} from a population of {population:,}",
-        f"at most {values:,} values" if values else None,
-        _fewer_rounds(plan),
-        _larger_epsilon(plan),
-    ]
-    *most, last = [change for change in changes if change is not None]
-    return f"{', '.join(most)} or {last}"
+    what = "rounds" if plan.max_participations is None else "participations"
+    changes = {
+        "a larger cohort": f"a cohort of {cohort:,} from a population of {population:,}",
+        "fewer values": f"at most {values:,} values" if values else None,
+        f"fewer {what}": _fewer(plan, what),
+        "a larger epsilon": _larger_epsilon(plan),
+    }
+    *most, last = [change for change in changes.values() if change is not None]
+    text = f"{', '.join(most)} or {last}" if most else last
+    if useless := [name for name, change in changes.items() if change is None]:
+        text += f" ({' or '.join(useless)} alone cannot do it)"
+    return text
 
 
 def _quiet(plan: Plan) -> Plan:
@@ -56,19 +68,18 @@ def _quiet(plan: Plan) -> Plan:
     return dataclasses.replace(plan, noise_multiplier=plan.noise_multiplier * factor)
 
 
-def _fewer_rounds(plan: Plan) -> str | None:
+def _fewer(plan: Plan, what: str) -> str | None:
     """The most rounds, or participations, with little noise at the epsilon of this plan."""
     budget, quiet = plan.epsilon_after(plan.rounds).value, _quiet(plan)
-    short, enough = plan.max_participations or plan.rounds, 0
+    if _epsilon_of_quiet(quiet, 1) > budget:
+        return None
+    short, enough = plan.max_participations or plan.rounds, 1
     while short - enough > 1:
         middle = (short + enough) // 2
         if _epsilon_of_quiet(quiet, middle) <= budget:
             enough = middle
         else:
             short = middle
-    if enough == 0:
-        return None
-    what = "rounds" if plan.max_participations is None else "participations"
     return f"at most {enough:,} {what}"
 
 
@@ -84,4 +95,4 @@ def _epsilon_of_quiet(quiet: Plan, count: int) -> float:
 
 def _larger_epsilon(plan: Plan) -> str | None:
     needed = _epsilon_of_quiet(_quiet(plan), plan.max_participations or plan.rounds)
-    return None if math.isinf(needed) else f"epsilon {needed:.3g}"
+    return f"epsilon {needed:.3g}" if needed <= WEAK_EPSILON else None

@@ -49,7 +49,7 @@ def print_plan(
     if note is not None:
         table.add_column("")
     for rounds, epsilon in epsilons:
-        cells = (f"{rounds:,}", f"{epsilon.value:.3f}", f"{plan.noise_to_signal:.3g}")
+        cells = (f"{rounds:,}", _rounded_up(epsilon.value), f"{plan.noise_to_signal:.3g}")
         table.add_row(*cells, *_noted(note))
     console.print(table)
     for sentence in (advice(plan), *_warnings(plan)):
@@ -62,6 +62,11 @@ def label(plan: Plan) -> str | None:
     if plan.projection is None:
         return None
     return f"projection for {plan.noise_population:,} clients, not an achieved epsilon"
+
+
+def _rounded_up(bound: float) -> str:
+    """An upper bound that is printed stays one."""
+    return f"{math.ceil(bound * 1000) / 1000:.3f}"
 
 
 def _noted(note: str | None) -> tuple[str, ...]:
@@ -82,7 +87,7 @@ def _settings(plan: Plan, last: Epsilon) -> Iterator[tuple[str, str]]:
     if plan.max_participations is not None:
         yield "participation cap", f"{plan.max_participations:,} rounds a client"
     yield "delta", f"{plan.delta:g}"
-    yield "epsilon", f"{last.value:.4g} after {plan.rounds:,} rounds"
+    yield "epsilon", f"{_rounded_up(last.value)} after {plan.rounds:,} rounds"
     yield "noise multiplier", f"{plan.noise_multiplier:.4f}"
     per_value = plan.noise_multiplier * plan.clip_norm / plan.noise_cohort
     norm = per_value * math.sqrt(plan.num_values)

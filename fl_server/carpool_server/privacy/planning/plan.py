@@ -162,7 +162,7 @@ def make_plan(
         num_values=num_values,
         clip_norm=clip_norm,
         delta=delta,
-        noise_multiplier=noise_multiplier or 1.0,
+        noise_multiplier=1.0 if noise_multiplier is None else noise_multiplier,
         max_participations=max_participations,
         projection=projection,
     )
