@@ -1,0 +1,19 @@
+"""``carpool privacy``: one module per command's work, put together here."""
+
+from __future__ import annotations
+
+import typer
+
+from carpool_server.privacy.planning.command import plan
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the server's commands to ``app``."""
+    group = typer.Typer(help="Plan a privacy budget.", no_args_is_help=True)
+    group.callback()(_privacy)
+    group.command("plan")(plan)
+    app.add_typer(group, name="privacy")
+
+
+def _privacy() -> None:
+    """Plan a privacy budget."""
