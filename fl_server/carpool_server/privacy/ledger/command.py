@@ -74,15 +74,15 @@ def _table(book: Book, *, counts: bool) -> Table:
         charge = charged.charge
         mark = released.get((charge.run_id, charge.round_number))
         cells = [
-            charge.run_id,
+            charge.run_id[:8],
             str(charge.round_number),
             f"{charge.noise_multiplier:.4f}",
             f"{charge.sampling_rate:.4f}",
             f"{charge.clip_norm:.4g}",
             f"{charge.sigma:.4g}",
             f"{charged.epsilon:.4f}",
-            charged.at,
-            "no" if mark is None else f"{mark.at} {mark.theta[:12]}",
+            _seconds(charged.at),
+            "no" if mark is None else f"{_seconds(mark.at)} as {mark.theta[:8]}",
         ]
         if counts:
             cells += (
@@ -92,3 +92,8 @@ def _table(book: Book, *, counts: bool) -> Table:
             )
         table.add_row(*cells)
     return table
+
+
+def _seconds(at: str) -> str:
+    """A time without its fraction."""
+    return f"{at[:10]} {at[11:19]}Z"
