@@ -23,7 +23,7 @@ from carpool_device.example_budget import ExampleBudget, ExampleSpending, NoiseP
 from carpool_device.example_noise import SENSITIVITY_SLACK, with_noise
 from carpool_device.runtime import DeviceProgram
 
-_SMALLEST_CLIP, _LARGEST_CLIP = 1e-35, 1e35
+_SMALLEST_CLIP, _LARGEST_CLIP = 1e-15, 1e15  # the program squares values in float32
 
 
 class NoisyGradients:
