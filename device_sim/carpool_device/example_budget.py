@@ -20,8 +20,8 @@ from carpool_device.example_noise import sampler_error
 class ExampleBudget(Model):
     """What a device has spent: it keeps this for as long as it keeps examples.
 
-    Whoever owns it stores the new one durably before the update leaves the device, and never
-    puts an older one back.
+    Whoever owns it stores what ``charged`` gives, durably, before the training begins, and never
+    puts an older one back: a training that fails on the way tells that it did.
 
     Attributes:
         participations: rounds that the device has trained in.
@@ -50,23 +50,42 @@ class ExampleBudget(Model):
             PrivacyError: the recipe has none, or its budget cannot be kept by any noise.
         """
         privacy, _ = _private(recipe)
-        num_values = int(np.count_nonzero(layout.group_mask(recipe.train)))
         budget = ExampleBudget()
         for _ in range(min(participations, privacy.max_participations)):
-            plan = NoisePlan.make(
-                budget, num_examples=num_examples, num_values=num_values, recipe=recipe
-            )
-            budget = budget.with_cost(plan.cost)
+            charged = budget.charged(num_examples=num_examples, layout=layout, recipe=recipe)
+            budget = charged.budget
         return ExampleBudget(participations=participations, spent=budget.spent)
 
-    def with_cost(self, cost: RenyiCurve) -> ExampleBudget:
-        """After one more participation."""
-        return ExampleBudget(participations=self.participations + 1, spent=self.spent + cost)
+    def charged(self, *, num_examples: int, layout: Layout, recipe: LocalRecipe) -> ExampleSpending:
+        """What the next participation costs, and what will have been spent with it.
+
+        Guarantees: a function of its arguments; ``train_locally`` comes to the same.
+
+        Args:
+            num_examples: how many the device holds; at least 1.
+            layout: of theta.
+            recipe: with ``example_privacy``.
+
+        Raises:
+            PrivacyError: no ``example_privacy``, no participation is left, or no noise is large
+                enough.
+        """
+        privacy, _ = _private(recipe)
+        num_values = int(np.count_nonzero(layout.group_mask(recipe.train)))
+        plan = _planned(self, num_examples, num_values, recipe)
+        after = ExampleBudget(participations=self.participations + 1, spent=self.spent + plan.cost)
+        return ExampleSpending(
+            plan=plan, budget=after, epsilon=after.spent.epsilon(delta=privacy.delta)
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NoisePlan:
-    """The noise of one participation.
+    """The noise of one participation: the least if all that are to come are like it.
+
+    Guarantees: what was spent and the participations that are left, this one included, keep the
+    recipe's epsilon and delta, the sampler's error charged. Neither the examples nor any
+    randomness goes in: their number does.
 
     Attributes:
         noise_multiplier: z, the noise's standard deviation over C, before the slack.
@@ -80,28 +99,6 @@ class NoisePlan:
     steps: int
     cost: RenyiCurve
 
-    @staticmethod
-    def make(
-        budget: ExampleBudget, *, num_examples: int, num_values: int, recipe: LocalRecipe
-    ) -> NoisePlan:
-        """The least noise that keeps the budget if all participations to come are like this one.
-
-        Guarantees: ``budget.spent`` and the participations that are left, this one included,
-        keep the recipe's epsilon and delta, the sampler's error charged. Neither the
-        examples nor any randomness goes in: their number does.
-
-        Args:
-            budget: before the participation.
-            num_examples: n, at least 1.
-            num_values: how many values get noise in a step.
-            recipe: with ``example_privacy``.
-
-        Raises:
-            PrivacyError: no ``example_privacy``, no participation is left, or no noise is large
-                enough.
-        """
-        return _planned(budget, num_examples, num_values, recipe)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExampleSpending:
@@ -109,21 +106,13 @@ class ExampleSpending:
 
     Attributes:
         plan: its noise.
-        budget: after it, to be stored before the update leaves.
+        budget: after it.
         epsilon: of one example, over all participations so far, at the recipe's delta.
     """
 
     plan: NoisePlan
     budget: ExampleBudget
     epsilon: float
-
-    @staticmethod
-    def of(plan: NoisePlan, *, budget: ExampleBudget, recipe: LocalRecipe) -> ExampleSpending:
-        """What ``plan`` costs a device that had spent ``budget``."""
-        privacy, _ = _private(recipe)
-        after = budget.with_cost(plan.cost)
-        epsilon = after.spent.epsilon(delta=privacy.delta)
-        return ExampleSpending(plan=plan, budget=after, epsilon=epsilon)
 
 
 @functools.lru_cache(maxsize=4096)

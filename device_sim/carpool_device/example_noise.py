@@ -15,10 +15,10 @@ SENSITIVITY_SLACK = 1e-3
 larger.
 
 What is proved: the grid's part, at most the square root of P times 2**-30 of C (6e-7 for 400,000
-values). What is measured, by ``tests/device/test_example_privacy.py`` on the real programs, and
-not proved: the program's part. It clips and adds in float32, so a clipped gradient may be a
-little longer than C, and the rounding of the others' gradients depends on who else is in the
-chunk. ``docs/device.md`` gives the figures: the slack is a hundred times what was found."""
+values). What is measured on the real programs and not proved: the program's part. It clips and
+adds in float32, so a clipped gradient may be a little longer than C (more so where its tokens'
+parts cancel), and the rounding of the others' gradients depends on who else is in the chunk.
+``docs/device.md`` gives the figures, thousandths of the slack, and the tests that make them."""
 
 GRID_BITS = 30
 """A step's sum lies on an integer grid of step C * 2**-GRID_BITS when the noise is added."""

@@ -8,7 +8,6 @@ drawn independently. ``docs/device.md`` says what this does not hide.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator, Sequence
 
@@ -19,7 +18,7 @@ from carpool.errors import DeviceError, PrivacyError
 from carpool.randomness import happens
 from carpool.recipe import LocalRecipe
 from carpool_device.batches import make_batch
-from carpool_device.example_budget import ExampleBudget, ExampleSpending, NoisePlan
+from carpool_device.example_budget import ExampleBudget
 from carpool_device.example_noise import SENSITIVITY_SLACK, with_noise
 from carpool_device.runtime import DeviceProgram
 
@@ -36,6 +35,9 @@ class NoisyGradients:
     No draw at all gives noise alone. Values of groups that are not trained get neither gradient
     nor noise. The clip is over all of theta all the same: what is trained is never
     longer, so the guarantee holds with something to spare.
+
+    Attributes:
+        spending: what all the steps cost.
     """
 
     def __init__(
@@ -71,24 +73,21 @@ class NoisyGradients:
             )
         if not _SMALLEST_CLIP <= recipe.l2_clip_norm <= _LARGEST_CLIP:
             raise DeviceError(
-                f"device {device_id}: expected an example_clip_norm of {_SMALLEST_CLIP} to "
-                f"{_LARGEST_CLIP} with example_privacy, got {recipe.l2_clip_norm}.",
+                f"device {device_id}: expected an example_clip_norm of {_SMALLEST_CLIP:g} to "
+                f"{_LARGEST_CLIP:g} with example_privacy, got {recipe.l2_clip_norm}.",
                 reason="recipe-not-supported",
             )
         try:
-            self._plan = NoisePlan.make(
-                budget,
-                num_examples=len(rows),
-                num_values=int(np.count_nonzero(trained)),
-                recipe=recipe,
+            self.spending = budget.charged(
+                num_examples=len(rows), layout=program.bundle.manifest.layout, recipe=recipe
             )
         except PrivacyError as error:
             raise DeviceError(
                 f"device {device_id}: {error}", reason="privacy-budget-spent"
             ) from error
         self._program, self._rows, self._labels = program, rows, labels
-        self._recipe, self._trained, self._device_id = recipe, trained, device_id
-        self._budget = budget
+        self._recipe, self._trained = recipe, trained
+        self._plan = self.spending.plan
 
     @property
     def num_steps(self) -> int:
@@ -99,8 +98,7 @@ class NoisyGradients:
         """The next step's noised gradient at ``theta``: float32, shape ``(P,)``; no loss.
 
         Raises:
-            DeviceError: the program's gradients are not finite or longer than it was told, or
-                the runtime failed.
+            DeviceError: the runtime failed.
         """
         places = drawn(len(self._rows), rate=self._plan.sampling_rate)
         total = clipped_sum(
@@ -109,7 +107,6 @@ class NoisyGradients:
             [self._labels[place] for place in places],
             theta=theta,
             l2_clip_norm=self._recipe.l2_clip_norm,
-            device_id=self._device_id,
         )
         noised = np.zeros(theta.size)
         noised[self._trained] = with_noise(
@@ -119,10 +116,6 @@ class NoisyGradients:
         )
         with np.errstate(over="ignore"):  # the caller looks at what comes out
             return None, (noised / self._recipe.batch_size).astype(np.float32)
-
-    def spending(self) -> ExampleSpending:
-        """What all the steps cost, and what is spent with them."""
-        return ExampleSpending.of(self._plan, budget=self._budget, recipe=self._recipe)
 
 
 def drawn(count: int, *, rate: float) -> list[int]:
@@ -142,12 +135,13 @@ def clipped_sum(
     *,
     theta: NDArray[np.float32],
     l2_clip_norm: float,
-    device_id: str,
 ) -> NDArray[np.float64]:
     """The examples' gradients, each clipped by the program, added up.
 
     Chunks of as many examples as the program takes, in order, each example with weight 1; the
-    chunks' sums (float32) are added in float64.
+    chunks' sums (float32) are added in float64. Where a chunk's sum is not finite, or longer than
+    its examples' clips and the slack allow, its examples are taken one by one, and one of which
+    that is still true adds nothing: to refuse would tell the world that there is such an example.
 
     Args:
         program: whose gradients they are.
@@ -155,29 +149,35 @@ def clipped_sum(
         labels: their documents' places.
         theta: float32, shape ``(P,)``.
         l2_clip_norm: C.
-        device_id: named in errors.
 
     Returns:
-        float64, shape ``(P,)``.
+        float64, shape ``(P,)``, finite.
 
     Raises:
-        DeviceError: a chunk's sum is not finite, or longer than its number of examples times C
-            and the slack: a program that does not clip.
+        DeviceError: the runtime failed.
     """
     total = np.zeros(theta.size)
-    for start in range(0, len(rows), program.max_batch):
-        chunk = slice(start, start + program.max_batch)
-        batch = make_batch(program.tokenizer, rows[chunk], labels[chunk], weight=1.0)
+    most = _as_the_program_gets_it(l2_clip_norm) * (1 + SENSITIVITY_SLACK)
+
+    def add(places: range) -> bool:
+        batch = make_batch(
+            program.tokenizer,
+            [rows[place] for place in places],
+            [labels[place] for place in places],
+            weight=1.0,
+        )
         _, gradient = program.gradients(theta, batch, l2_clip_norm=l2_clip_norm)
-        norm = float(np.linalg.norm(gradient.astype(np.float64)))
-        most = len(batch.labels) * _as_the_program_gets_it(l2_clip_norm) * (1 + SENSITIVITY_SLACK)
-        if not norm <= most:
-            raise DeviceError(
-                f"device {device_id}: expected {len(batch.labels)} clipped gradients to sum up to "
-                f"a norm of at most {most:g}, got {norm:g}.",
-                reason="device-failed" if math.isfinite(norm) else "diverged",
-            )
-        total += gradient
+        wide = gradient.astype(np.float64)
+        fits = bool(np.linalg.norm(wide) <= len(places) * most)  # false for NaN
+        if fits:
+            np.add(total, wide, out=total)
+        return fits
+
+    for start in range(0, len(rows), program.max_batch):
+        chunk = range(start, min(start + program.max_batch, len(rows)))
+        if not add(chunk):
+            for place in chunk:
+                add(range(place, place + 1))
     return total
 
 

@@ -68,8 +68,8 @@ def train_locally(
         device_id: whose order it is; also names the device in errors.
         round_number: of the task, 0 or more.
         budget: what the device has spent; needed by ``example_privacy`` and else not looked at.
-            The update's ``privacy.budget`` is the next one, to be stored before the update
-            leaves the device.
+            The update's ``privacy.budget`` is the next one; its owner has stored it before this
+            call, with ``ExampleBudget.charged``.
 
     Raises:
         ThetaError: theta does not fit the bundle's layout.
@@ -123,7 +123,7 @@ def train_locally(
             )
     update = current - theta
     if isinstance(gradients, NoisyGradients):
-        return LocalUpdate(update=update, privacy=gradients.spending())
+        return LocalUpdate(update=update, privacy=gradients.spending)
     return LocalUpdate(
         update=update, num_examples=gradients.num_examples, mean_loss=gradients.mean_loss()
     )

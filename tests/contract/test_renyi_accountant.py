@@ -49,21 +49,29 @@ def test_epsilon_of_unequal_steps_is_that_of_opacus(z: float, q: float, steps: i
     assert curve.epsilon(delta=DELTA) == pytest.approx(epsilon, rel=1e-9)
 
 
-@pytest.mark.parametrize("epsilon", [1.0, 2.0, 8.0])
-@pytest.mark.parametrize("q", [0.25, 0.5, 1.0])
+@pytest.mark.parametrize(
+    ("q", "epsilon", "steps", "most"),
+    [
+        *((q, epsilon, 20, 1.15) for q in (0.25, 0.5, 1.0) for epsilon in (1.0, 2.0, 8.0)),
+        (0.05, 0.5, 200, 1.15),
+        # a Renyi bound is loose where few examples are drawn a few times
+        (0.05, 2.0, 20, 1.3),
+        (0.05, 0.5, 1, 2.0),
+    ],
+)
 def test_epsilon_is_a_little_above_that_of_privacy_loss_distributions(
-    q: float, epsilon: float
+    q: float, epsilon: float, steps: int, most: float
 ) -> None:
-    """An upper bound, and at 20 steps of many examples at most 15 % above the tight one."""
+    """An upper bound, and at most this many times the tight one."""
     z = noise_multiplier_for_steps(
-        epsilon=epsilon, delta=DELTA, sampling_rate=q, steps=20, spent=NOTHING
+        epsilon=epsilon, delta=DELTA, sampling_rate=q, steps=steps, spent=NOTHING
     )
-    ours = epsilon_of_steps(noise_multiplier=z, sampling_rate=q, steps=20, delta=DELTA)
+    ours = epsilon_of_steps(noise_multiplier=z, sampling_rate=q, steps=steps, delta=DELTA)
     accountant = PLDAccountant()
     event = dp_event.PoissonSampledDpEvent(q, dp_event.GaussianDpEvent(z))
-    accountant.compose(event, 20)
+    accountant.compose(event, steps)
     tight = float(accountant.get_epsilon(DELTA))
-    assert tight <= ours <= 1.15 * tight
+    assert tight <= ours <= most * tight
 
 
 def test_small_divergences_keep_their_digits() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +27,7 @@ from carpool.rdp import ORDERS, RenyiCurve
 from carpool.recipe import LocalRecipe
 from carpool_device import example_noise, private_training
 from carpool_device.batches import Batch
-from carpool_device.example_budget import ExampleBudget, NoisePlan
+from carpool_device.example_budget import ExampleBudget
 from carpool_device.example_noise import SENSITIVITY_SLACK, noise_scale, with_noise
 from carpool_device.private_training import clipped_sum, drawn
 from carpool_device.runtime import DeviceProgram
@@ -103,7 +105,6 @@ def our_sum(program: DeviceProgram, examples: list[Example], clip: float) -> NDA
         [program.document_index[example.document] for example in examples],
         theta=np.zeros(NUM_VALUES, np.float32),
         l2_clip_norm=clip,
-        device_id="phone-1",
     )
 
 
@@ -173,7 +174,6 @@ def test_every_step_draws_anew_and_adds_noise_anew(
             [labels[p] for p in places],
             theta=theta,
             l2_clip_norm=CLIP,
-            device_id="",
         )
         grid = CLIP / 2**30
         gradient = ((np.rint(total / grid) + noise) * grid / 3).astype(np.float32)
@@ -357,6 +357,24 @@ def test_noise_follows_the_number_of_examples(tiny_program: DeviceProgram) -> No
     assert noise(11, budget)[0] < first < noise(2, budget)[0]
 
 
+def test_the_contracts_vector_is_what_a_device_does(tiny_program: DeviceProgram) -> None:
+    """A Kotlin author may trust it."""
+    page = (Path(__file__).parents[2] / "docs" / "contract.md").read_text(encoding="utf-8")
+
+    def numbers(label: str) -> list[float]:
+        (line,) = re.findall(rf"^    {label} +([\d. ]+)$", page, re.MULTILINE)
+        return [float(number) for number in line.split()]
+
+    recipe, budget = recipe_with(batch_size=4, steps=10), ExampleBudget()
+    for z, epsilon in zip(numbers("multipliers"), numbers("epsilons"), strict=True):
+        found = train(tiny_program, recipe, budget=budget).privacy
+        assert found is not None
+        assert found.plan.noise_multiplier == z
+        assert found.epsilon == pytest.approx(epsilon, abs=1e-9)
+        budget = found.budget
+    assert budget.participations == PRIVACY["max_participations"]
+
+
 def test_the_samplers_error_is_charged(tiny_program: DeviceProgram) -> None:
     """A value and step at a time, over all participations."""
     found = train(tiny_program, recipe_with(steps=7, train=("head",)))
@@ -379,7 +397,7 @@ def test_an_unchanged_devices_budget_is_known_from_its_participations(
         )
         assert computed == budget
         found = train(tiny_program, recipe, budget=computed).privacy
-        assert found is not None
+        assert found == computed.charged(num_examples=11, layout=tiny.LAYOUT, recipe=recipe)
         budget = found.budget
 
 
@@ -457,27 +475,24 @@ def test_a_clip_beyond_float32s_arithmetic_is_refused(
     assert error.reason == "recipe-not-supported"
 
 
-@pytest.mark.parametrize(
-    ("value", "norm", "reason"), [(3.0, "6", "device-failed"), (math.nan, "nan", "diverged")]
-)
-def test_gradients_that_are_not_clipped_are_refused(
-    tiny_program: DeviceProgram,
-    monkeypatch: pytest.MonkeyPatch,
-    value: float,
-    norm: str,
-    reason: str,
+@pytest.mark.parametrize("value", [3.0, math.nan, math.inf])
+def test_an_example_whose_gradient_is_not_clipped_adds_nothing(
+    tiny_program: DeviceProgram, monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
-    """A program that gives a longer sum than its clip allows, or none."""
-    gradient = np.zeros(NUM_VALUES, np.float32)
-    gradient[:4] = value
-    monkeypatch.setattr(tiny_program, "gradients", lambda *_, **__: (0.0, gradient))
-    with pytest.raises(DeviceError) as caught:
-        train(tiny_program, recipe_with())
-    assert str(caught.value) == (
-        "device phone-1: expected 4 clipped gradients to sum up to a norm of at most 2.002, got "
-        f"{norm}."
-    )
-    assert caught.value.reason == reason
+    """The sixth of seven, which breaks the sum of its chunk; nobody is told."""
+    call, marked = tiny_program.gradients, Example(client="c", query="sleeps", document="d-red")
+    mark = tiny.VOCABULARY.index("sleeps")  # no other query has it
+
+    def gradients(theta: Any, batch: Batch, **options: Any) -> Any:  # noqa: ANN401
+        loss, gradient = call(theta, batch, **options)
+        if np.any(batch.tokens.token_ids == mark):
+            gradient = np.full_like(gradient, value)
+        return loss, gradient
+
+    monkeypatch.setattr(tiny_program, "gradients", gradients)
+    found = our_sum(tiny_program, [*EXAMPLES[:5], marked, EXAMPLES[5]], CLIP)
+    np.testing.assert_allclose(found, eager_sum(EXAMPLES[:6]), rtol=0, atol=5e-6)
+    assert np.isfinite(train(tiny_program, recipe_with(), examples=[marked]).update).all()
 
 
 def test_diverging_training_is_refused_and_tells_no_loss(
@@ -492,13 +507,10 @@ def test_diverging_training_is_refused_and_tells_no_loss(
     assert error.reason == "diverged"
 
 
-def test_a_plan_needs_a_private_recipe() -> None:
+def test_a_charge_needs_a_private_recipe() -> None:
     """Whole message."""
     with pytest.raises(PrivacyError) as caught:
-        NoisePlan.make(
-            ExampleBudget(),
-            num_examples=1,
-            num_values=1,
-            recipe=LocalRecipe(learning_rate=1, steps=1),
+        ExampleBudget().charged(
+            num_examples=1, layout=tiny.LAYOUT, recipe=LocalRecipe(learning_rate=1, steps=1)
         )
     assert str(caught.value) == "expected a recipe with example_privacy, got one without."

@@ -190,7 +190,6 @@ def ours(
         [program.document_index[example.document] for example in examples],
         theta=theta,
         l2_clip_norm=CLIP,
-        device_id="phone-1",
     )
 
 
