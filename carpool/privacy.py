@@ -152,7 +152,8 @@ class PrivacyConfig(Model):
         needed, given = _NEEDS[self.mode], self._given()
         missing = [name for name in needed if name not in given]
         if missing:
-            raise ValueError(f"mode {self.mode!r} needs {' and '.join(missing)}")
+            hint = " ('poisson' or 'participation-cap')" if "regime" in missing else ""
+            raise ValueError(f"mode {self.mode!r} needs {', '.join(missing)}{hint}")
         allowed = (*needed, *_MAY[self.mode])
         if self.mode == "none" and (extra := [name for name in given if name not in allowed]):
             raise ValueError(

@@ -53,6 +53,9 @@ def task_for(devices: Farm, device_ids: tuple[str, ...], **changes: object) -> R
         clip_norm=0.5,
         device_ids=device_ids,
         report_loss=True,
+        norm_bit=False,
+        metrics=None,
+        participations=None,
     )
     return RoundTask(header=header.model_copy(update=changes), theta=zero_theta(manifest.layout))
 
