@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 import tempfile
 from collections.abc import Sequence
@@ -12,15 +14,15 @@ import numpy as np
 
 from carpool.config import RunConfig, SgdConfig
 from carpool.errors import ConfigError
-from carpool.schema import Model
 from carpool_server.checkpoint import RunFolder
 from carpool_server.coordinator import run_rounds
 from carpool_server.hooks import RoundHook
 from carpool_server.in_process import LocalGrid
 from carpool_server.job import Job
-from carpool_server.privacy.audit.bounds import Guesses, epsilon_bound, gaussian_bound
+from carpool_server.privacy.audit.bounds import epsilon_bound, gaussian_bound
 from carpool_server.privacy.audit.canaries import BUNDLE_ID, Canaries, CanaryAggregator
-from carpool_server.privacy.audit.guessing import Channel, Scores, guess, planned_guesses
+from carpool_server.privacy.audit.guessing import Channel, Scores, make_plan
+from carpool_server.privacy.audit.result import AuditResult
 from carpool_server.privacy.mechanism import bit_noise
 from carpool_server.promise import noise_multiplier_of, round_mechanism
 from carpool_server.statement import epsilon_label
@@ -30,90 +32,8 @@ _AGGREGATORS = 2
 
 _DEADLINE_SECONDS = 600.0
 
-
-class AuditResult(Model):
-    """What an audit found.
-
-    Attributes:
-        epsilon: stated by the ledger for what was released, an upper bound.
-        delta: of all epsilons here.
-        method: how the ledger computed it, in words.
-        confidence: of both bounds together.
-        lower_bound: on epsilon, whatever the mechanism.
-        gaussian_lower_bound: on epsilon, if the mechanism is a Gaussian one, as is claimed; only
-            in regime ``participation-cap``, where the claim is no other.
-        reach: what ``lower_bound`` would be had all guesses been right.
-        canaries, guesses, correct: of the guessing.
-        rounds: released.
-        sampling_rate: q of each round.
-        noise_multiplier: z of a release, over all that is in it.
-    """
-
-    epsilon: float
-    delta: float
-    method: str
-    confidence: float
-    lower_bound: float
-    gaussian_lower_bound: float | None
-    reach: float
-    canaries: int
-    guesses: int
-    correct: int
-    rounds: int
-    sampling_rate: float
-    noise_multiplier: float
-
-    @property
-    def largest_bound(self) -> float:
-        """The larger of the bounds."""
-        return max(self.lower_bound, self.gaussian_lower_bound or 0.0)
-
-    @property
-    def broken(self) -> bool:
-        """Whether the stated epsilon is refuted."""
-        return self.largest_bound > self.epsilon
-
-    def rows(self) -> list[tuple[str, str]]:
-        """What a table shows: names and values."""
-        rows = [
-            ("stated epsilon", f"{self.epsilon:.3f} at delta {self.delta:g} ({self.method})"),
-            (
-                f"lower bound, confidence {self.confidence:g}",
-                f"{self.lower_bound:.3f} (one-run audit, whatever the mechanism; all guesses "
-                f"right would be {self.reach:.2f})",
-            ),
-        ]
-        if self.gaussian_lower_bound is not None:
-            rows.append(
-                (
-                    "same, if Gaussian",
-                    f"{self.gaussian_lower_bound:.3f} (one-run audit of the claim that it is a "
-                    "Gaussian mechanism)",
-                )
-            )
-        rows += [
-            ("guessed rightly", f"{self.correct} of {self.guesses}"),
-            ("canaries", f"{self.canaries}, each in or out by a fair coin"),
-            (
-                "rounds",
-                f"{self.rounds}, sampling rate {self.sampling_rate:.4g}, noise multiplier "
-                f"{self.noise_multiplier:.4g}",
-            ),
-        ]
-        return rows
-
-    def sentence(self) -> str:
-        """What it means."""
-        if self.broken:
-            return (
-                f"The stated epsilon of {self.epsilon:.3f} is broken: what was released shows at "
-                f"least {self.largest_bound:.3f}, with confidence {self.confidence:g}."
-            )
-        return (
-            f"The stated epsilon of {self.epsilon:.3f} is not refuted: what was released shows at "
-            f"least {self.largest_bound:.3f}, with confidence {self.confidence:g}. That proves "
-            "nothing; a fault that hides from this audit stays hidden."
-        )
+_MORE_CANARIES = [1000 * 2**n for n in range(1, 6)]
+"""What is tried to say how many are enough."""
 
 
 def audit_config(config: RunConfig, *, canaries: int, population: int | None) -> RunConfig:
@@ -192,7 +112,7 @@ def run_audit(
     as the clip) is in by a fair coin, or out: what it adds is zero, its participation stays,
     which is the neighbouring relation of regime ``participation-cap``, and adds up to the same
     as removing it in regime ``poisson``. The canaries with the highest and lowest scores are
-    guessed; as many as ``planned_guesses`` says before. A run of m canaries tells about as much
+    guessed; as many as ``make_plan`` says before. A run of m canaries tells about as much
     as m runs with one, and takes seconds.
 
     Guarantees: for a system that keeps its promise both bounds are at most the stated epsilon
@@ -201,7 +121,7 @@ def run_audit(
 
     Args:
         config: of the run in question.
-        canaries: 2 or more.
+        canaries: a few hundred or more.
         population: as for ``audit_config``.
         confidence: in (0, 1).
         hooks: called after each release, as a run's are.
@@ -226,16 +146,23 @@ def run_audit(
     )
     mechanism = round_mechanism(audited, num_values=canaries, noise_multiplier=z)
     channel = Channel(noise_multiplier=mechanism.multiplier("theta"), rate=rate)
-    guesses = planned_guesses(
-        canaries,
+    planned = functools.partial(
+        make_plan,
         channel=channel,
-        rounds=min(audited.rounds, privacy.max_participations or audited.rounds),
+        rounds=_rounds(audited, rate=rate),
         epsilon=privacy.epsilon,
         delta=privacy.delta,
         confidence=confidence,
     )
-    if guesses is None:
-        raise ConfigError(_too_few(canaries, privacy.epsilon, privacy.delta, confidence))
+    plan = planned(canaries)
+    if plan is None:
+        enough = next((n for n in _MORE_CANARIES if n > canaries and planned(n)), None)
+        raise ConfigError(
+            f"canaries: with {canaries} of them a system without noise could not be told from "
+            f"one that keeps epsilon {privacy.epsilon:g} at delta {privacy.delta:g}. "
+            + (f"Take {enough}, or" if enough else "Audit the same rounds with more devices, or")
+            + " a smaller budget (--set privacy.epsilon=3)."
+        )
     # found once: the run has no history, so what it would find is the same
     audited = audited.model_copy(
         update={"privacy": privacy.model_copy(update={"noise_multiplier": z})}
@@ -243,7 +170,7 @@ def run_audit(
     scores = Scores(canaries, channel=channel, expected_size=audited.cohort.expected_size)
     with tempfile.TemporaryDirectory(prefix="carpool-audit-") as folder:
         epsilon, rounds = _run(audited, seats, Path(folder), hooks=[scores, *hooks])
-    found = guess(scores.total, seats.coins, guesses=guesses)
+    found = plan.guess(scores.total, seats.coins)
     capped = privacy.regime == "participation-cap"
     delta = privacy.delta
     return AuditResult(
@@ -256,12 +183,11 @@ def run_audit(
             gaussian_bound(found, delta=delta, confidence=confidence) if capped else None
         ),
         reach=epsilon_bound(
-            Guesses(canaries=canaries, guesses=guesses, correct=guesses),
-            delta=delta,
-            confidence=confidence,
+            dataclasses.replace(found, correct=found.guesses), delta=delta, confidence=confidence
         ),
         canaries=canaries,
-        guesses=guesses,
+        guesses=found.guesses,
+        guesses_out=plan.low,
         correct=found.correct,
         rounds=rounds,
         sampling_rate=rate,
@@ -293,11 +219,7 @@ def _run(
     return result.epsilon, result.info.round_number
 
 
-def _too_few(canaries: int, epsilon: float, delta: float, confidence: float) -> str:
-    # all of n guesses are right with probability exp(-n exp(-epsilon)) or so
-    about = math.ceil(-1.2 * math.log(1 - confidence) * math.exp(epsilon + 1))
-    return (
-        f"canaries: with {canaries} of them no lower bound above epsilon {epsilon:g} at delta "
-        f"{delta:g} could be shown, so no fault would be. Take about {about} or more, or audit "
-        "the same rounds with a smaller budget (--set privacy.epsilon=3)."
-    )
+def _rounds(config: RunConfig, *, rate: float) -> int:
+    """About as many as a canary is there for."""
+    cap = config.privacy.max_participations
+    return config.rounds if cap is None else min(config.rounds, math.ceil(cap / rate))

@@ -66,23 +66,37 @@ class Scores:
         self._theta = theta
 
 
-def guess(scores: NDArray[np.float64], coins: NDArray[np.bool_], *, guesses: int) -> Guesses:
-    """Guesses "in" for the highest scores and "out" for the lowest, half each.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How many canaries are guessed, fixed before anything is released.
 
-    Args:
-        scores: float64, shape ``(canaries,)``.
-        coins: bool, same shape: who was in.
-        guesses: how many in all.
+    Attributes:
+        high: as many of the highest scores are guessed "in".
+        low: as many of the lowest "out".
     """
-    order = np.argsort(scores, kind="stable")
-    low = guesses // 2
-    high = guesses - low
-    correct = int(np.count_nonzero(coins[order[coins.size - high :]]))
-    correct += int(np.count_nonzero(~coins[order[:low]]))
-    return Guesses(canaries=coins.size, guesses=guesses, correct=correct)
+
+    high: int
+    low: int
+
+    @property
+    def guesses(self) -> int:
+        """All of them."""
+        return self.high + self.low
+
+    def guess(self, scores: NDArray[np.float64], coins: NDArray[np.bool_]) -> Guesses:
+        """What comes of it.
+
+        Args:
+            scores: float64, shape ``(canaries,)``.
+            coins: bool, same shape: who was in.
+        """
+        order = np.argsort(scores, kind="stable")
+        correct = int(np.count_nonzero(coins[order[coins.size - self.high :]]))
+        correct += int(np.count_nonzero(~coins[order[: self.low]]))
+        return Guesses(canaries=coins.size, guesses=self.guesses, correct=correct)
 
 
-def planned_guesses(
+def make_plan(
     canaries: int,
     *,
     channel: Channel,
@@ -90,32 +104,36 @@ def planned_guesses(
     epsilon: float,
     delta: float,
     confidence: float,
-) -> int | None:
-    """How many guesses to take, before anything is released.
+) -> Plan | None:
+    """The number of guesses, by simulation of what is claimed.
 
     Guarantees: a function of its arguments alone, as the bounds ask. Among the numbers with
-    which all guesses right would show at least ``epsilon + 1``, so that a system that hides
-    nothing is seen, the one with the largest bound for the claimed mechanism (16 simulated
-    runs of it). None: there is no such number; more canaries are needed.
+    which a system without noise would be seen to have at least ``epsilon + 1``, those with the
+    largest bound for the claimed mechanism. Half of the guesses are "out", or none: a canary
+    that is in and never drawn looks like one that is out. None: no number would do, more
+    canaries are needed.
     """
 
-    def bound(guesses: int, correct: int) -> float:
-        found = Guesses(canaries=canaries, guesses=guesses, correct=correct)
+    def bound(plan: Plan, correct: int) -> float:
+        found = Guesses(canaries=canaries, guesses=plan.guesses, correct=correct)
         return epsilon_bound(found, delta=delta, confidence=confidence)
 
-    choices = {min(canaries, round(25 * 2 ** (n / 2))) for n in range(40)}
-    enough = [n for n in sorted(choices) if bound(n, n) >= epsilon + _MARGIN]
-    if not enough:
-        return None
+    numbers = sorted({min(canaries, round(25 * 2 ** (n / 2))) for n in range(40)})
+    plans = [Plan(high=n, low=0) for n in numbers]
+    plans += [Plan(high=n - n // 2, low=n // 2) for n in numbers]
+    plans = [plan for plan in plans if bound(plan, plan.guesses) >= epsilon + _MARGIN]
+    claimed, bare = dict.fromkeys(plans, 0), dict.fromkeys(plans, 0)
     generator = np.random.default_rng(_PLAN_SEED)
-    correct = dict.fromkeys(enough, 0)
-    for _ in range(_TRIALS):
+    for _ in range(_TRIALS if plans else 0):
         coins = generator.integers(0, 2, size=canaries).astype(np.bool_)
-        scores = np.zeros(canaries)
+        scores, without_noise = np.zeros(canaries), np.zeros(canaries)
         for _ in range(rounds):
-            takes_part = coins & (generator.random(canaries) < channel.rate)
+            drawn = coins & (generator.random(canaries) < channel.rate)
             noise = channel.noise_multiplier * generator.standard_normal(canaries)
-            scores += channel.scores(takes_part + noise)
-        for guesses in enough:
-            correct[guesses] += guess(scores, coins, guesses=guesses).correct
-    return max(enough, key=lambda guesses: bound(guesses, correct[guesses] // _TRIALS))
+            scores += channel.scores(drawn + noise)
+            without_noise += channel.scores(drawn.astype(np.float64))
+        for plan in plans:
+            claimed[plan] += plan.guess(scores, coins).correct
+            bare[plan] += plan.guess(without_noise, coins).correct
+    plans = [plan for plan in plans if bound(plan, bare[plan] // _TRIALS) >= epsilon + _MARGIN]
+    return max(plans, key=lambda plan: bound(plan, claimed[plan] // _TRIALS), default=None)
