@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer
 from flwr.app import Message
 from round_kit import settings
+from typer.testing import CliRunner
 
 from carpool.errors import ConfigError, RoundFailed
 from carpool.protocol import GRID_BOUND
@@ -26,6 +28,7 @@ from carpool_server.privacy.audit import (
 )
 from carpool_server.privacy.audit import audit as audit_module
 from carpool_server.privacy.audit.guessing import Channel, Plan, make_plan
+from carpool_sim.audit import audit
 
 CONFIDENCE = 0.99
 
@@ -220,9 +223,39 @@ def test_an_aggregator_that_fails_says_so(monkeypatch: pytest.MonkeyPatch) -> No
         audited("one release")
 
 
-def test_the_result_survives_json(tmp_path: Path) -> None:
-    """What --json writes can be read back."""
-    result = audited("one release")
-    path = tmp_path / "audit.json"
-    path.write_text(result.model_dump_json())
-    assert AuditResult.model_validate(json.loads(path.read_text())) == result
+SETTINGS_FILE = """
+rounds = 2
+seed = 1
+privacy = {mode = "central", regime = "participation-cap", max_participations = 1,
+           clip_norm = 0.5, epsilon = 3.0, delta = 1e-9}
+cohort = {expected_size = 10}
+local = {learning_rate = 0.1, epochs = 1, batch_size = 8}
+server = {kind = "adam", learning_rate = 0.01}
+"""
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_command_prints_both_bounds_and_fails_where_one_is_broken(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    broken: bool,  # noqa: FBT001  a parameter of the test
+) -> None:
+    """Exit code 1 for a broken promise; --json holds the result.
+
+    At this confidence even the Gaussian bound's alarm would take some 480 right guesses of 566,
+    where a correct system has about 370: less than 1e-9.
+    """
+    if broken:
+        no_noise(monkeypatch)
+    settings_path, out = tmp_path / "settings.toml", tmp_path / "audit.json"
+    settings_path.write_text(SETTINGS_FILE.replace("\n           ", " "))
+    app = typer.Typer()
+    app.command()(audit)
+    arguments = ["--settings", str(settings_path), "--canaries", "1000", "--confidence", "0.9999"]
+    done = CliRunner().invoke(app, [*arguments, "--json", str(out)])
+    result = AuditResult.model_validate(json.loads(out.read_text()))
+    assert done.exit_code == int(broken), done.output
+    assert result.sentence() in done.output
+    assert f"{result.lower_bound:.3f} (one-run audit" in done.output
+    assert f"{result.correct} of {result.guesses}" in done.output
+    assert result.rounds == 1
