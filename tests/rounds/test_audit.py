@@ -187,8 +187,11 @@ def test_what_cannot_be_audited_is_refused() -> None:
         run_audit(poisson)
     with pytest.raises(ConfigError, match=r"^population: expected at least the cohort of 12 "):
         run_audit(poisson, population=11)
-    with pytest.raises(ConfigError, match=r"^canaries: with 100 of them a system without noise"):
+    with pytest.raises(ConfigError, match=r"^canaries: with 100 of them .*\. Take 2000; or"):
         run_audit(settings(mode="central", **SETTINGS["one release"][0]), canaries=100)
+    large = settings(mode="central", **capped(9.0, cap=1, rounds=1))
+    with pytest.raises(ConfigError, match=r"epsilon 9 at delta 1e-05\. Nor would 32000 be enough"):
+        run_audit(large, canaries=100)
 
 
 def test_the_number_of_guesses_is_a_function_of_the_settings() -> None:
@@ -242,7 +245,7 @@ def test_the_command_prints_both_bounds_and_fails_where_one_is_broken(
 ) -> None:
     """Exit code 1 for a broken promise; --json holds the result.
 
-    At this confidence even the Gaussian bound's alarm would take some 480 right guesses of 566,
+    At this confidence even the Gaussian bound's alarm would take 516 right guesses of 566,
     where a correct system has about 370: less than 1e-9.
     """
     if broken:

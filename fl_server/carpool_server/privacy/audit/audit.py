@@ -157,11 +157,11 @@ def run_audit(
     plan = planned(canaries)
     if plan is None:
         enough = next((n for n in _MORE_CANARIES if n > canaries and planned(n)), None)
+        advice = f"Take {enough}" if enough else f"Nor would {_MORE_CANARIES[-1]} be enough"
         raise ConfigError(
             f"canaries: with {canaries} of them a system without noise could not be told from "
-            f"one that keeps epsilon {privacy.epsilon:g} at delta {privacy.delta:g}. "
-            + (f"Take {enough}, or" if enough else "Audit the same rounds with more devices, or")
-            + " a smaller budget (--set privacy.epsilon=3)."
+            f"one that keeps epsilon {privacy.epsilon:g} at delta {privacy.delta:g}. {advice}; or "
+            "audit the same rounds with a smaller budget (--set privacy.epsilon=3)."
         )
     # found once: the run has no history, so what it would find is the same
     audited = audited.model_copy(
