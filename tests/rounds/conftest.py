@@ -9,7 +9,6 @@ from typing import Any
 import fake_farm
 import numpy as np
 import pytest
-from local_grid import LocalGrid, Respond
 from round_kit import settings
 from tiny_data import write_tiny_data
 
@@ -17,6 +16,7 @@ import carpool_sim  # noqa: F401  sets Flower's and Ray's environment before the
 from carpool.config import RunConfig
 from carpool_server.checkpoint import RunFolder
 from carpool_server.coordinator import run_rounds
+from carpool_server.in_process import LocalGrid, Respond
 from carpool_server.job import Job, RunResult
 
 

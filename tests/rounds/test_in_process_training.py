@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from flwr.app import Context, Message, RecordDict
-from local_grid import LocalGrid, app_nodes
 from round_kit import Witness, settings
 from tiny_data import BROKEN
 
@@ -24,6 +23,7 @@ from carpool_server.checkpoint import RunFolder
 from carpool_server.coordinator import run_rounds
 from carpool_server.exchange import DESCRIBE, to_record
 from carpool_server.flower import make_server_app
+from carpool_server.in_process import LocalGrid, app_nodes
 from carpool_server.job import Job, RunResult
 from carpool_server.privacy.clipping import clip_to_grid
 from carpool_sim import aggregator
