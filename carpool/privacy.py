@@ -126,7 +126,8 @@ class PrivacyConfig(Model):
             every registered client independently in every round, with a secret key;
             neighbouring: add or remove one client. ``"participation-cap"``: a client is in at
             most ``max_participations`` rounds, whichever they are; nothing is claimed for the
-            draw; neighbouring: one client's updates become zero, its participations stay.
+            draw; neighbouring: what one client adds to the sums becomes zero, its participations
+            stay.
         max_participations: the cap.
         noise_multiplier: the noise's standard deviation over C; None takes the least that
             keeps the budget over ``rounds``. With a value the run ends where the budget does.

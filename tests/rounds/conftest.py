@@ -18,6 +18,7 @@ from carpool_server.checkpoint import RunFolder
 from carpool_server.coordinator import run_rounds
 from carpool_server.in_process import LocalGrid, Respond
 from carpool_server.job import Job, RunResult
+from carpool_sim.aggregator import Sources
 
 
 @pytest.fixture
@@ -70,3 +71,8 @@ def tiny_data_path(tiny: ModuleType, tmp_path_factory: pytest.TempPathFactory) -
     return write_tiny_data(
         tmp_path_factory.mktemp("data") / "tiny", documents=tiny.DOCUMENTS, words=tiny.WORDS
     )
+
+
+@pytest.fixture
+def sources(tiny_bundle_path: Path, tiny_data_path: Path) -> Sources:
+    return Sources(bundle=str(tiny_bundle_path), data=str(tiny_data_path))
