@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +26,15 @@ from carpool.protocol import Contribution, PoolHeader, RoundTask
 from carpool.schema import canonical_id
 from carpool_device.evaluation import METRICS, prepare_queries, rank_queries
 from carpool_device.runtime import DeviceProgram, use_threads
-from carpool_device.training import train_locally
+from carpool_device.training import LocalUpdate, train_locally
 from carpool_server.aggregation import ContributionBuilder, DeviceFacts
 from carpool_server.exchange import from_record, to_record
 from carpool_sim.spread import spread
 
 _log = logging.getLogger(__name__)
+
+LocalTraining = Callable[..., LocalUpdate]
+"""Called as ``train_locally``: what devices do, or, where an attack is simulated, what some do."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,21 +88,30 @@ def farm(sources: Sources) -> Farm:
     )
 
 
-def make_client_app(sources: Sources | None = None) -> ClientApp:
+def make_client_app(
+    sources: Sources | None = None, *, train: LocalTraining = train_locally
+) -> ClientApp:
     """The aggregator's app.
 
     Args:
         sources: where to find bundle and data; None reads them from the Flower run's config
             (keys ``bundle`` and ``data``), as an uploaded app must.
+        train: what devices do; a function of a module that Ray's workers can import.
     """
     app = ClientApp()
     # Functions of this module and plain values: what Ray sends to its workers stays small.
     app.query("describe")(functools.partial(_describe, sources))
-    app.train()(functools.partial(_train, sources))
+    app.train()(functools.partial(_train, sources, train))
     return app
 
 
-def contribute(task: RoundTask, devices: Farm, *, device_ids: frozenset[str]) -> Contribution:
+def contribute(
+    task: RoundTask,
+    devices: Farm,
+    *,
+    device_ids: frozenset[str],
+    train: LocalTraining = train_locally,
+) -> Contribution:
     """Trains the devices that the task asks for and adds up their clipped updates.
 
     A device that cannot train is refused with its reason, and the others go on; in mode
@@ -109,6 +121,7 @@ def contribute(task: RoundTask, devices: Farm, *, device_ids: frozenset[str]) ->
         task: what is asked.
         devices: who may be asked.
         device_ids: those of ``devices`` that this aggregator speaks for.
+        train: what they do.
 
     Raises:
         DeviceError: the task is for another bundle or layout.
@@ -130,7 +143,7 @@ def contribute(task: RoundTask, devices: Farm, *, device_ids: frozenset[str]) ->
     hits = _hits_at_1(task, devices, own) if header.metrics is not None else {}
     for device in own:
         try:
-            local = train_locally(
+            local = train(
                 devices.program,
                 devices.examples[device],
                 theta=task.theta,
@@ -175,11 +188,13 @@ def _describe(sources: Sources | None, message: Message, context: Context) -> Me
     return Message(to_record(pool.to_wire()), reply_to=message)
 
 
-def _train(sources: Sources | None, message: Message, context: Context) -> Message:
+def _train(
+    sources: Sources | None, train: LocalTraining, message: Message, context: Context
+) -> Message:
     devices = farm(_sources(sources, context))
     task = RoundTask.from_wire(from_record(message.content))
     own = frozenset(_own_devices(devices, context))
-    contribution = contribute(task, devices, device_ids=own)
+    contribution = contribute(task, devices, device_ids=own, train=train)
     return Message(to_record(contribution.to_wire()), reply_to=message)
 
 
