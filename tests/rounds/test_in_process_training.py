@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 from flwr.app import Context, Message, RecordDict
 from local_grid import LocalGrid, app_nodes
-from round_kit import Witness, settings
+from round_kit import Witness, run_apps, settings
 from tiny_data import BROKEN
 
 from carpool.bundle import Bundle
-from carpool.config import RunConfig
 from carpool.errors import DeviceError, ThetaError
 from carpool.protocol import RoundTask, TaskHeader, Wire
 from carpool.recipe import LocalRecipe
 from carpool.theta import read_theta, zero_theta
 from carpool_device.training import LocalUpdate, train_locally
-from carpool_server.checkpoint import RunFolder
-from carpool_server.coordinator import run_rounds
 from carpool_server.exchange import DESCRIBE, to_record
 from carpool_server.flower import make_server_app
-from carpool_server.job import Job, RunResult
 from carpool_server.privacy.clipping import clip_to_grid
 from carpool_sim.aggregator import Farm, Sources, contribute, data_id_of, farm, make_client_app
 from carpool_sim.spread import spread
@@ -159,30 +154,6 @@ def test_a_task_with_a_short_theta_is_refused_whole(devices: Farm) -> None:
     short = RoundTask(header=task.header, theta=task.theta[:-1])
     with pytest.raises(ThetaError, match=r"^the task's theta: expected float32 values of shape"):
         contribute(short, devices, device_ids=frozenset(devices.examples))
-
-
-def run_apps(
-    sources: Sources, out: Path, config: RunConfig, *, parts: int, witness: Witness | None = None
-) -> RunResult:
-    bundle = Bundle.open(Path(sources.bundle))
-    job = Job(
-        config=config,
-        bundle_id=bundle.id,
-        layout=bundle.manifest.layout,
-        initial_theta=bundle.initial_theta(),
-        audit=witness or Witness(),
-        aggregators=parts,
-    )
-    folder = RunFolder(
-        out,
-        config=config,
-        bundle_id=bundle.id,
-        data_id=data_id_of(Path(sources.data)),
-        resume=False,
-    )
-    with closing(folder):
-        grid = LocalGrid(app_nodes(make_client_app(sources), parts=parts))
-        return run_rounds(grid, job, folder)
 
 
 def test_real_training_over_1_2_and_5_aggregators_gives_one_theta(
