@@ -35,6 +35,7 @@ Refusal = Literal[
     "repeated",
     "device-failed",
     "not-spoken-for",
+    "privacy-budget-spent",
 ]
 """Why a device's update is not in a contribution: all that the coordinator is told. An error's
 message stays in the log of the side that raised it, because it may quote private data."""

@@ -39,8 +39,10 @@ class LocalRecipe(Model):
         epochs: passes over the device's examples; exactly one of ``epochs`` and ``steps``.
         steps: batches, going round the examples as often as needed.
         batch_size: most rows in a batch; the last one of an epoch may be smaller. A batch's
-            example weights are 1 / its rows.
-        max_examples: most examples used in a round: the first of the shuffled order.
+            example weights are 1 / its rows. With ``example_privacy`` the expected number of
+            rows, by which sums are divided; it may be more than the program takes at once.
+        max_examples: most examples used in a round: the first of the shuffled order. Caps
+            nothing with ``example_privacy``, which draws from all of a device's examples.
         proximal_weight: FedProx's mu (Li et al., 2020, arXiv 1812.06127); 0 switches it off.
         example_clip_norm: per-example L2 bound over theta; None takes the plain gradient.
         train: the groups that move; the others' gradient is set to zero.

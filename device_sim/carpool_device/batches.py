@@ -39,7 +39,8 @@ class Batch:
     Attributes:
         tokens: B queries.
         labels: int64, shape ``(B,)``; the right document's place in the catalogue.
-        example_weights: float32, shape ``(B,)``; 1 / B in training; 0 makes a padding row.
+        example_weights: float32, shape ``(B,)``; 1 / B in training, 1 where noise is added to
+            the sum; 0 makes a padding row.
     """
 
     tokens: PackedTokens
@@ -48,13 +49,18 @@ class Batch:
 
 
 def make_batch(
-    tokenizer: QueryTokenizer, rows: Sequence[NDArray[np.int64]], labels: Sequence[int]
+    tokenizer: QueryTokenizer,
+    rows: Sequence[NDArray[np.int64]],
+    labels: Sequence[int],
+    *,
+    weight: float | None = None,
 ) -> Batch:
-    """Packs encoded queries and weights each 1 / rows (in float32)."""
+    """Packs encoded queries; each weighs ``weight``, or 1 / rows (in float32)."""
+    each = np.float32(1) / np.float32(len(rows)) if weight is None else np.float32(weight)
     return Batch(
         tokens=tokenizer.pack(rows),
         labels=np.array(labels, dtype=np.int64),
-        example_weights=np.full(len(rows), np.float32(1) / np.float32(len(rows)), np.float32),
+        example_weights=np.full(len(rows), each, np.float32),
     )
 
 

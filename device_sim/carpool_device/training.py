@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +14,8 @@ from carpool.data.corpus import Example
 from carpool.errors import DeviceError
 from carpool.recipe import LocalRecipe
 from carpool_device.batches import make_batch, plan_batches
+from carpool_device.example_budget import ExampleBudget, ExampleSpending
+from carpool_device.private_training import NoisyGradients
 from carpool_device.runtime import DeviceProgram
 
 
@@ -23,14 +26,17 @@ class LocalUpdate:
     Attributes:
         update: float32, shape ``(P,)``: theta after training minus theta before, in theta's
             units, not clipped.
-        num_examples: how many different examples were in a batch.
+        num_examples: how many different examples were in a batch; None with the recipe's
+            ``example_privacy``, because it is a fact about the examples without noise.
         mean_loss: mean cross-entropy (nats) over all rows of all batches, each at the theta
-            of its step.
+            of its step; None likewise.
+        privacy: what an ``example_privacy`` cost: for the device's own books, not to be sent.
     """
 
     update: NDArray[np.float32]
-    num_examples: int
-    mean_loss: float
+    num_examples: int | None = None
+    mean_loss: float | None = None
+    privacy: ExampleSpending | None = None
 
 
 def train_locally(
@@ -42,13 +48,16 @@ def train_locally(
     order_key: bytes,
     device_id: str,
     round_number: int,
+    budget: ExampleBudget | None = None,
 ) -> LocalUpdate:
     """Trains on a device's own examples as the recipe says.
 
     Guarantees: a function of its arguments alone: on one machine the same arguments give the
     same bits, whatever other devices do and however many threads run. ``theta`` is not
     changed. The order of examples is defined in ``carpool_device.batches``, the arithmetic in
-    ``step``.
+    ``step``. With the recipe's ``example_privacy`` nothing can repeat it: draws and noise are
+    the system's, as ``carpool_device.private_training`` says, and neither ``order_key`` nor
+    ``round_number`` is used.
 
     Args:
         program: of the bundle that ``theta`` belongs to.
@@ -58,21 +67,19 @@ def train_locally(
         order_key: the task's key of the order of examples.
         device_id: whose order it is; also names the device in errors.
         round_number: of the task, 0 or more.
+        budget: what the device has spent; needed by ``example_privacy`` and else not looked at.
+            The update's ``privacy.budget`` is the next one; its owner has stored it before this
+            call, with ``ExampleBudget.charged``.
 
     Raises:
         ThetaError: theta does not fit the bundle's layout.
         DeviceError: no examples, an unknown document id, a recipe beyond the program's
-            bounds, a loss or theta that is no longer finite, or the runtime failed.
+            bounds, a loss or theta that is no longer finite, a privacy budget that is missing
+            or spent, or the runtime failed.
     """
     layout = program.bundle.manifest.layout
     layout.check(theta, source=f"device {device_id}: theta")
     labels = _labels(program, examples, device_id=device_id)
-    if recipe.batch_size > program.max_batch:
-        raise DeviceError(
-            f"device {device_id}: expected a batch size of at most {program.max_batch}, which "
-            f"the program takes, got {recipe.batch_size} in the recipe.",
-            reason="recipe-not-supported",
-        )
     trained = layout.group_mask(recipe.train)
     if not trained.any():
         raise DeviceError(
@@ -81,37 +88,108 @@ def train_locally(
             f"{sorted({segment.group for segment in layout.segments})}.",
             reason="recipe-not-supported",
         )
-    plan = list(
-        plan_batches(
-            len(examples),
+    gradients: _PlainGradients | NoisyGradients
+    if recipe.example_privacy:
+        gradients = NoisyGradients(
+            program,
+            rows=program.tokenizer.encode([example.query for example in examples]),
+            labels=labels,
+            recipe=recipe,
+            trained=trained,
+            budget=budget,
+            device_id=device_id,
+        )
+    else:
+        gradients = _PlainGradients(
+            program,
+            examples,
+            labels,
             recipe=recipe,
             order_key=order_key,
             device_id=device_id,
             round_number=round_number,
         )
-    )
-    used = sorted({place for places in plan for place in places})
-    encoded = program.tokenizer.encode([examples[place].query for place in used])
-    rows = dict(zip(used, encoded, strict=True))
-    current, losses = theta, []
-    for number, places in enumerate(plan, start=1):
-        batch = make_batch(
-            program.tokenizer, [rows[p] for p in places], [labels[p] for p in places]
-        )
-        loss, gradient = program.gradients(current, batch, l2_clip_norm=recipe.l2_clip_norm)
+    current = theta
+    for number in range(1, gradients.num_steps + 1):
+        loss, gradient = gradients.at(current)
         current = step(current, gradient, start=theta, recipe=recipe, trained=trained)
-        if not (math.isfinite(loss) and np.isfinite(current).all()):
+        if not (math.isfinite(loss or 0.0) and np.isfinite(current).all()):
+            told = "" if loss is None else f" (loss {loss})"
             raise DeviceError(
-                f"device {device_id}: training diverged at step {number} of {len(plan)} "
-                f"(loss {loss}). Lower the recipe's learning rate, now {recipe.learning_rate}.",
+                f"device {device_id}: training diverged at step {number} of "
+                f"{gradients.num_steps}{told}. Lower the recipe's learning rate, now "
+                f"{recipe.learning_rate}.",
                 reason="diverged",
             )
-        losses.append((loss, len(places)))
+    update = current - theta
+    if isinstance(gradients, NoisyGradients):
+        return LocalUpdate(update=update, privacy=gradients.spending)
     return LocalUpdate(
-        update=current - theta,
-        num_examples=len(used),
-        mean_loss=math.fsum(loss * n for loss, n in losses) / sum(n for _, n in losses),
+        update=update, num_examples=gradients.num_examples, mean_loss=gradients.mean_loss()
     )
+
+
+class _PlainGradients:
+    """The gradients of one training without noise, batch after batch."""
+
+    def __init__(
+        self,
+        program: DeviceProgram,
+        examples: Sequence[Example],
+        labels: Sequence[int],
+        *,
+        recipe: LocalRecipe,
+        order_key: bytes,
+        device_id: str,
+        round_number: int,
+    ) -> None:
+        """Plans the batches and encodes what is in them."""
+        if recipe.batch_size > program.max_batch:
+            raise DeviceError(
+                f"device {device_id}: expected a batch size of at most {program.max_batch}, which "
+                f"the program takes, got {recipe.batch_size} in the recipe.",
+                reason="recipe-not-supported",
+            )
+        self._plan = list(
+            plan_batches(
+                len(examples),
+                recipe=recipe,
+                order_key=order_key,
+                device_id=device_id,
+                round_number=round_number,
+            )
+        )
+        used = sorted({place for places in self._plan for place in places})
+        encoded = program.tokenizer.encode([examples[place].query for place in used])
+        self._rows = dict(zip(used, encoded, strict=True))
+        self._program, self._labels, self._clip = program, labels, recipe.l2_clip_norm
+        self._losses: list[float] = []
+
+    @property
+    def num_steps(self) -> int:
+        return len(self._plan)
+
+    @property
+    def num_examples(self) -> int:
+        """How many different examples are in a batch."""
+        return len(self._rows)
+
+    def at(self, theta: NDArray[np.float32]) -> tuple[float, NDArray[np.float32]]:
+        """The next batch's loss and gradient."""
+        places = self._plan[len(self._losses)]
+        batch = make_batch(
+            self._program.tokenizer,
+            [self._rows[place] for place in places],
+            [self._labels[place] for place in places],
+        )
+        loss, gradient = self._program.gradients(theta, batch, l2_clip_norm=self._clip)
+        self._losses.append(loss)
+        return loss, gradient
+
+    def mean_loss(self) -> float:
+        """Over all rows of all batches."""
+        sizes = [len(places) for places in self._plan]
+        return math.fsum(map(operator.mul, self._losses, sizes)) / sum(sizes)
 
 
 def step(

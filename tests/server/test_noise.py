@@ -118,13 +118,13 @@ def test_words_at_a_thresholds_edge_are_decided_by_their_lower_half(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A tie in the upper 64 bits is settled by 64 more; offset 0 and coin 2 are accepted."""
-    threshold = gaussian._THRESHOLDS[0]
-    high, low = threshold >> 64, threshold & (2**64 - 1)
-    for lower, step in ((low - 1, 0), (low, 1)):
-        found = drawn(monkeypatch, [high], [lower], [0], [2])
-        assert found == [step * 2**20]
-    assert drawn(monkeypatch, [high - 1], [0], [2]) == [0]
-    assert drawn(monkeypatch, [high + 1], [0], [2]) == [2**20]
+    for place in (0, 3):
+        threshold = gaussian._THRESHOLDS[place]
+        high, low = threshold >> 64, threshold & (2**64 - 1)
+        for lower, step in ((low - 1, place), (low, place + 1)):
+            assert drawn(monkeypatch, [high], [lower], [0], [2]) == [step * 2**20]
+        assert drawn(monkeypatch, [high - 1], [0], [2]) == [place * 2**20]
+        assert drawn(monkeypatch, [high + 1], [0], [2]) == [(place + 1) * 2**20]
 
 
 def test_a_negative_zero_and_biased_words_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,24 +141,35 @@ def _least(
 ) -> float | None:
     """The least z, to the tolerance, at which ``spend`` is within the budget; None: there is none.
 
-    Only a z that was tried is returned.
+    Only a z that was tried is returned. Epsilon is close to a power of z, so a guess between two
+    that were tried is mostly right; every third step halves the interval, whatever the guesses do.
     """
     enough = start
-    while spend(enough) > budget:
+    while (high := spend(enough)) > budget:
         enough *= _STEP
         if enough > _LARGEST_MULTIPLIER:
             return None
     short = enough / _STEP
-    while spend(short) <= budget:
-        enough, short = short, short / _STEP
+    while (low := spend(short)) <= budget:
+        enough, high, short = short, low, short / _STEP
         if enough < _SMALLEST_MULTIPLIER:
             return enough
+    step, above = 0, True
     while enough > short * (1 + tolerance):
-        middle = math.sqrt(enough * short)
-        if spend(middle) <= budget:
-            enough = middle
+        step += 1
+        tried = math.sqrt(enough * short)
+        if step % 3 and high > 0 and math.isfinite(low):
+            share = math.log(low / budget) / math.log(low / high)
+            # to one side of the guess, then the other: if it is right, these are the answer
+            nudge = 1 + tolerance / 3 if above else 1 - tolerance / 3
+            guess = short * (enough / short) ** share * nudge
+            tried = guess if short < guess < enough else tried
+        spent = spend(tried)
+        above = spent > budget
+        if above:
+            short, low = tried, spent
         else:
-            short = middle
+            enough, high = tried, spent
     return enough
 
 
