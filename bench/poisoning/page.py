@@ -67,9 +67,9 @@ validation clients that were never trained on. `bench/poisoning/` makes it:
 {command}
 ```
 
-- **Promotion**: colluders label all of their queries with one document that no training client
-  clicked (`{first.target}`; `bench/poisoning/attack.py` says which where all were). Success:
-  others' queries that find it at the top.
+- **Promotion**: colluders label all of their queries with one document, the one that the fewest
+  examples name (`{first.target}`: {first.target_clicks} of them). Success: others' queries that
+  find it at the top.
 - **Label flips**: colluders replace each label by the document half a catalogue further. Success:
   lost acc@1.
 - Both multiply their update by a million: the clip leaves its direction and the length C.

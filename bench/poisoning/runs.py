@@ -91,7 +91,7 @@ class Outcome(Model):
         clip_norm, expected_size: C and the fixed denominator.
         population: devices in all.
         watched: its rounds, in order.
-        target: the promoted document's id.
+        target, target_clicks: the promoted document's id, and how many honest examples name it.
         accuracy: acc@1 over all queries.
         promoted: share of the queries with another right document that get ``target`` first.
         queries, clients: asked.
@@ -103,6 +103,7 @@ class Outcome(Model):
     population: int
     watched: tuple[WatchedRound, ...]
     target: str
+    target_clicks: int
     accuracy: float
     promoted: float
     queries: int
@@ -173,6 +174,8 @@ class Bench:
         self._devices = dataset.part("train")
         self._program = DeviceProgram.load(self._bundle)
         self.target = unclicked(self._devices, self._program.document_index)
+        examples = [example for own in self._devices.values() for example in own]
+        self._clicks = sum(example.document == self.target for example in examples)
         self._queries = prepare_queries(
             self._program.tokenizer, self._program.document_index, dataset.part("validation")
         )
@@ -214,6 +217,7 @@ class Bench:
             population=len(self._devices),
             watched=tuple(watch.rounds[n] for n in range(1, config.rounds + 1)),
             target=self.target,
+            target_clicks=self._clicks,
             accuracy=accuracy,
             promoted=promoted,
             queries=len(self._queries.rows),

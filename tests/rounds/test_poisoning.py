@@ -194,6 +194,7 @@ def test_a_bound_counts_the_colluders_that_were_drawn(tmp_path: Path) -> None:
             population=100,
             watched=rounds,
             target="d",
+            target_clicks=0,
             accuracy=0.5,
             promoted=promoted,
             queries=10,
