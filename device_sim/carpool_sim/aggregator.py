@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,9 @@ from carpool_server.exchange import from_record, to_record
 from carpool_sim.spread import spread
 
 _log = logging.getLogger(__name__)
+
+LocalTraining = Callable[..., LocalUpdate]
+"""Called as ``train_locally``: what devices do, or, where an attack is simulated, what some do."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,21 +89,30 @@ def farm(sources: Sources) -> Farm:
     )
 
 
-def make_client_app(sources: Sources | None = None) -> ClientApp:
+def make_client_app(
+    sources: Sources | None = None, *, train: LocalTraining = train_locally
+) -> ClientApp:
     """The aggregator's app.
 
     Args:
         sources: where to find bundle and data; None reads them from the Flower run's config
             (keys ``bundle`` and ``data``), as an uploaded app must.
+        train: what devices do; a function of a module that Ray's workers can import.
     """
     app = ClientApp()
     # Functions of this module and plain values: what Ray sends to its workers stays small.
     app.query("describe")(functools.partial(_describe, sources))
-    app.train()(functools.partial(_train, sources))
+    app.train()(functools.partial(_train, sources, train))
     return app
 
 
-def contribute(task: RoundTask, devices: Farm, *, device_ids: frozenset[str]) -> Contribution:
+def contribute(
+    task: RoundTask,
+    devices: Farm,
+    *,
+    device_ids: frozenset[str],
+    train: LocalTraining = train_locally,
+) -> Contribution:
     """Trains the devices that the task asks for and adds up their clipped updates.
 
     A device that cannot train is refused with its reason, and the others go on; in mode
@@ -110,6 +122,7 @@ def contribute(task: RoundTask, devices: Farm, *, device_ids: frozenset[str]) ->
         task: what is asked.
         devices: who may be asked.
         device_ids: those of ``devices`` that this aggregator speaks for.
+        train: what they do.
 
     Raises:
         DeviceError: the task is for another bundle or layout.
@@ -131,7 +144,7 @@ def contribute(task: RoundTask, devices: Farm, *, device_ids: frozenset[str]) ->
     hits = _hits_at_1(task, devices, own) if header.metrics is not None else {}
     for device in own:
         try:
-            local = _trained(task, devices, device)
+            local = _trained(task, devices, device, train)
             facts = DeviceFacts(
                 num_examples=local.num_examples or 0,
                 mean_loss=math.nan if local.mean_loss is None else local.mean_loss,
@@ -145,7 +158,7 @@ def contribute(task: RoundTask, devices: Farm, *, device_ids: frozenset[str]) ->
     return builder.build()
 
 
-def _trained(task: RoundTask, devices: Farm, device: str) -> LocalUpdate:
+def _trained(task: RoundTask, devices: Farm, device: str, train: LocalTraining) -> LocalUpdate:
     """One device's training; in mode ``example_level`` with what it spent in earlier rounds.
 
     A phone keeps its own books. Here workers keep nothing, so the task brings the number of the
@@ -166,7 +179,7 @@ def _trained(task: RoundTask, devices: Farm, device: str) -> LocalUpdate:
             )
         except PrivacyError as error:
             raise DeviceError(f"device {device}: {error}", reason="privacy-budget-spent") from error
-    return train_locally(
+    return train(
         devices.program,
         examples,
         theta=task.theta,
@@ -201,11 +214,13 @@ def _describe(sources: Sources | None, message: Message, context: Context) -> Me
     return Message(to_record(pool.to_wire()), reply_to=message)
 
 
-def _train(sources: Sources | None, message: Message, context: Context) -> Message:
+def _train(
+    sources: Sources | None, train: LocalTraining, message: Message, context: Context
+) -> Message:
     devices = farm(_sources(sources, context))
     task = RoundTask.from_wire(from_record(message.content))
     own = frozenset(_own_devices(devices, context))
-    contribution = contribute(task, devices, device_ids=own)
+    contribution = contribute(task, devices, device_ids=own, train=train)
     return Message(to_record(contribution.to_wire()), reply_to=message)
 
 

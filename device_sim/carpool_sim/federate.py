@@ -18,13 +18,14 @@ from carpool.bundle import Bundle
 from carpool.config import RunConfig, SimulationConfig
 from carpool.data.dataset import Dataset
 from carpool.errors import CarpoolError, RoundFailed
+from carpool_device.training import train_locally
 from carpool_server.checkpoint import RunFolder
 from carpool_server.coordinator import finished, run_rounds
 from carpool_server.flower import make_server_app
 from carpool_server.hooks import Audit, NoAudit, RoundHook
 from carpool_server.job import Job, RunResult
 from carpool_server.sampling import sampling_rate
-from carpool_sim.aggregator import Sources, data_id_of, make_client_app
+from carpool_sim.aggregator import LocalTraining, Sources, data_id_of, make_client_app
 from carpool_sim.quiet import LOG_NAME, logs_to, stop_on_signals
 
 _OBJECT_STORE_BYTES = 256 << 20
@@ -44,6 +45,7 @@ def run(
     audit: Audit | None = None,
     keep_every: int = 1,
     ledger: Path | None = None,
+    train: LocalTraining = train_locally,
 ) -> RunResult:
     """Trains theta by federated rounds; the devices are the data set's training clients.
 
@@ -62,6 +64,8 @@ def run(
         keep_every: keep the released theta of every k-th round, and of the last.
         ledger: the population's privacy ledger, where several runs share one population; None
             keeps one in ``out_dir``: the devices are imagined for this run alone.
+        train: what devices do; another one simulates an attack, and the same must be given on
+            resume.
 
     Raises:
         BundleError: the bundle cannot be used.
@@ -102,7 +106,7 @@ def run(
             data=str(dataset_dir.resolve()),
             threads=max(1, int(config.simulation.cpus_per_aggregator)),
         )
-        return _simulate(job, folder, sources)
+        return _simulate(job, folder, sources, train)
 
 
 @dataclasses.dataclass
@@ -114,7 +118,7 @@ class _Outcome:
     done: threading.Event = dataclasses.field(default_factory=threading.Event)
 
 
-def _simulate(job: Job, folder: RunFolder, sources: Sources) -> RunResult:
+def _simulate(job: Job, folder: RunFolder, sources: Sources, train: LocalTraining) -> RunResult:
     outcome = _Outcome()
 
     def main(grid: Grid, _context: Context) -> None:
@@ -132,7 +136,7 @@ def _simulate(job: Job, folder: RunFolder, sources: Sources) -> RunResult:
         try:
             run_simulation(
                 server_app=make_server_app(main),
-                client_app=make_client_app(sources),
+                client_app=make_client_app(sources, train=train),
                 num_supernodes=simulation.aggregators,
                 backend_config={
                     "client_resources": {"num_cpus": simulation.cpus_per_aggregator},

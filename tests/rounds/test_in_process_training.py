@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from flwr.app import Context, Message, RecordDict
-from real_devices import run_apps
-from round_kit import Witness, settings
+from round_kit import Witness, run_apps, settings
 from tiny_data import BROKEN
 
 from carpool.bundle import Bundle
@@ -22,7 +21,6 @@ from carpool_server.exchange import DESCRIBE, to_record
 from carpool_server.flower import make_server_app
 from carpool_server.in_process import LocalGrid, app_nodes
 from carpool_server.privacy.clipping import clip_to_grid
-from carpool_sim import aggregator
 from carpool_sim.aggregator import Farm, Sources, contribute, data_id_of, farm, make_client_app
 from carpool_sim.spread import spread
 
@@ -107,9 +105,7 @@ def test_in_a_private_mode_no_device_is_named_in_the_log(
     assert not caplog.messages
 
 
-def test_a_device_whose_update_is_not_finite_is_refused(
-    devices: Farm, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_device_whose_update_is_not_finite_is_refused(devices: Farm) -> None:
     """It poisons nobody's sum."""
     first, second, *_ = everybody(devices)
 
@@ -119,9 +115,8 @@ def test_a_device_whose_update_is_not_finite_is_refused(
             local.update[3] = np.nan
         return local
 
-    monkeypatch.setattr(aggregator, "train_locally", train)
     ids = frozenset(devices.examples)
-    found = contribute(task_for(devices, (first, second)), devices, device_ids=ids)
+    found = contribute(task_for(devices, (first, second)), devices, device_ids=ids, train=train)
     alone = contribute(task_for(devices, (second,)), devices, device_ids=ids)
     assert found.header.refused == {first: "not-finite"}
     np.testing.assert_array_equal(found.total, alone.total)

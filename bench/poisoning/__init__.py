@@ -1,0 +1,1 @@
+"""What colluding devices achieve in real rounds, beside the bound that the clip gives them."""
