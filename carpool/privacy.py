@@ -126,7 +126,8 @@ class PrivacyConfig(Model):
             every registered client independently in every round, with a secret key;
             neighbouring: add or remove one client. ``"participation-cap"``: a client is in at
             most ``max_participations`` rounds, whichever they are; nothing is claimed for the
-            draw; neighbouring: one client's updates become zero, its participations stay.
+            draw; neighbouring: what one client adds to the sums becomes zero, its participations
+            stay.
         max_participations: the cap.
         noise_multiplier: the noise's standard deviation over C; None takes the least that
             keeps the budget over ``rounds``. With a value the run ends where the budget does.
@@ -152,7 +153,8 @@ class PrivacyConfig(Model):
         needed, given = _NEEDS[self.mode], self._given()
         missing = [name for name in needed if name not in given]
         if missing:
-            raise ValueError(f"mode {self.mode!r} needs {' and '.join(missing)}")
+            hint = " ('poisson' or 'participation-cap')" if "regime" in missing else ""
+            raise ValueError(f"mode {self.mode!r} needs {', '.join(missing)}{hint}")
         allowed = (*needed, *_MAY[self.mode])
         if self.mode == "none" and (extra := [name for name in given if name not in allowed]):
             raise ValueError(

@@ -104,7 +104,8 @@ class TaskHeader(Model):
         report_loss: whether the devices' training loss may be told (mode ``none`` alone).
         norm_bit: whether each device adds one coordinate: whether its norm is within the clip.
         metrics: whether each device adds ``METRIC_NAMES``, and their bounds.
-        participations: device id -> rounds it is in already, where devices must know.
+        participations: device id -> in how many rounds it was asked before this one, where
+            devices add noise themselves; None elsewhere.
     """
 
     version: Literal[1] = PROTOCOL_VERSION
@@ -117,9 +118,9 @@ class TaskHeader(Model):
     clip_norm: Annotated[float, Field(gt=0)]
     device_ids: tuple[str, ...]
     report_loss: bool
-    norm_bit: bool = False
-    metrics: MetricBounds | None = None
-    participations: dict[str, int] | None = None
+    norm_bit: bool
+    metrics: MetricBounds | None
+    participations: dict[str, Annotated[int, Field(ge=0)]] | None
 
     def blocks(self, num_values: int) -> dict[Block, int]:
         """The sum's blocks in order (``block_sizes``), for a theta of ``num_values``."""

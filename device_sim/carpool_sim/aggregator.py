@@ -20,11 +20,12 @@ from flwr.clientapp import ClientApp
 from carpool.bundle import Bundle
 from carpool.data.corpus import Example
 from carpool.data.dataset import DOCUMENTS_NAME, EXAMPLES_NAME, SPLIT_NAME, Dataset
-from carpool.errors import ConfigError, DeviceError, UpdateRejected
+from carpool.errors import ConfigError, DeviceError, PrivacyError, UpdateRejected
 from carpool.files import sha256_of_file
 from carpool.protocol import Contribution, PoolHeader, RoundTask
 from carpool.schema import canonical_id
 from carpool_device.evaluation import METRICS, prepare_queries, rank_queries
+from carpool_device.example_budget import ExampleBudget
 from carpool_device.runtime import DeviceProgram, use_threads
 from carpool_device.training import LocalUpdate, train_locally
 from carpool_server.aggregation import ContributionBuilder, DeviceFacts
@@ -143,18 +144,10 @@ def contribute(
     hits = _hits_at_1(task, devices, own) if header.metrics is not None else {}
     for device in own:
         try:
-            local = train(
-                devices.program,
-                devices.examples[device],
-                theta=task.theta,
-                recipe=header.recipe,
-                order_key=bytes.fromhex(header.order_key),
-                device_id=device,
-                round_number=header.round_number,
-            )
+            local = _trained(task, devices, device, train=train)
             facts = DeviceFacts(
-                num_examples=local.num_examples,
-                mean_loss=local.mean_loss,
+                num_examples=local.num_examples or 0,
+                mean_loss=math.nan if local.mean_loss is None else local.mean_loss,
                 hit_at_1=hits.get(device, math.nan),
             )
             builder.add(device, local.update, facts)
@@ -163,6 +156,39 @@ def contribute(
                 _log.warning("round %d: %s", header.round_number, error)
             builder.refuse(device, error.reason)
     return builder.build()
+
+
+def _trained(task: RoundTask, devices: Farm, device: str, *, train: LocalTraining) -> LocalUpdate:
+    """One device's training; in mode ``example_level`` with what it spent in earlier rounds.
+
+    A phone keeps its own books. Here workers keep nothing, so the task brings the number of the
+    device's participations, and the same examples and recipe make the same books of it.
+
+    Raises:
+        DeviceError: the device cannot train, or may not any more.
+    """
+    header, examples = task.header, devices.examples[device]
+    budget = None
+    if header.recipe.example_privacy is not None:
+        try:
+            budget = ExampleBudget.after(
+                (header.participations or {}).get(device, 0),
+                num_examples=len(examples),
+                layout=devices.bundle.manifest.layout,
+                recipe=header.recipe,
+            )
+        except PrivacyError as error:
+            raise DeviceError(f"device {device}: {error}", reason="privacy-budget-spent") from error
+    return train(
+        devices.program,
+        examples,
+        theta=task.theta,
+        recipe=header.recipe,
+        order_key=bytes.fromhex(header.order_key),
+        device_id=device,
+        round_number=header.round_number,
+        budget=budget,
+    )
 
 
 def _hits_at_1(task: RoundTask, devices: Farm, own: Sequence[str]) -> dict[str, float]:

@@ -13,6 +13,8 @@ from rich.console import Console
 from carpool.console import result_console
 from carpool.errors import RunStopped
 from carpool.progress import progress
+from carpool_server.commands import privacy_group
+from carpool_sim.audit import audit
 from carpool_sim.settings import find_settings
 
 # The heavy imports (flwr, ray, torch) are in the commands: `carpool --help` takes none of them.
@@ -34,6 +36,7 @@ def register(app: typer.Typer) -> None:
     """Adds the simulation's commands to ``carpool``."""
     app.command()(federate)
     app.command()(demo)
+    privacy_group(app).command("audit")(audit)
 
 
 def federate(

@@ -209,7 +209,7 @@ class RunFolder:
 
     def write(self, state: RunState) -> None:
         """Replaces the checkpoint, durably and atomically."""
-        private = state.info.config.privacy.mode == "central"
+        private = state.info.sampling_key is not None
         write_atomically(self.path / CHECKPOINT_NAME, encode(state), private=private)
         self.state = state
 

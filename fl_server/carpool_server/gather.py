@@ -58,7 +58,8 @@ class Gathering:
     when nothing is outstanding any more, if the quorum is met. Below the quorum it is extended
     instead: the devices that are missing are asked for again (of the next aggregator that
     speaks for them, where there is one), and late replies of the round still count. After the
-    last extension the round fails.
+    last extension the round fails. Devices that add noise themselves (``task.participations``)
+    are never asked twice in a round: new noise on the same examples would cost them again.
 
     Args:
         exchange: to the aggregators.
@@ -101,7 +102,8 @@ class Gathering:
                 self.result.extensions = attempt
                 if attempt:
                     self._exchange.pause(min(_RETRY_PAUSE_SECONDS, self._rules.deadline_seconds))
-                self._ask(self._missing(), attempt)
+                if not attempt or self._task.participations is None:
+                    self._ask(self._missing(), attempt)
                 self._wait()
                 if self.result.total.count >= self._needed:
                     return self.result

@@ -18,7 +18,8 @@ CREATE TABLE IF NOT EXISTS participation (
     device_id TEXT NOT NULL,
     run_id TEXT NOT NULL,
     round INTEGER NOT NULL,
-    PRIMARY KEY (device_id, run_id, round)
+    attempt TEXT NOT NULL,
+    PRIMARY KEY (device_id, run_id, round, attempt)
 ) STRICT, WITHOUT ROWID
 """
 
@@ -63,22 +64,32 @@ class Participation:
         """Device id -> rounds it is in; devices in none are left out.
 
         Args:
-            without: a run and round that does not count.
+            without: a run and round that does not count, where it has no attempts.
         """
         query = (
             "SELECT device_id, COUNT(*) FROM participation "
-            "WHERE NOT (run_id = ? AND round = ?) GROUP BY device_id"
+            "WHERE NOT (run_id = ? AND round = ? AND attempt = '') GROUP BY device_id"
         )
         with self._failing(), closing(self._connection.execute(query, without)) as cursor:
             return dict(cursor.fetchall())
 
-    def add(self, device_ids: Iterable[str], *, run_id: str, round_number: int) -> None:
-        """Counts devices in a round, durably and all at once; again changes nothing."""
-        rows = [(device, run_id, round_number) for device in device_ids]
+    def add(
+        self, device_ids: Iterable[str], *, run_id: str, round_number: int, attempt: str = ""
+    ) -> None:
+        """Counts devices in a round, durably and all at once; again changes nothing.
+
+        Args:
+            device_ids: which.
+            run_id: the round's run.
+            round_number: 1 or more.
+            attempt: tells attempts apart, where each of them costs the devices; else empty.
+        """
+        rows = [(device, run_id, round_number, attempt) for device in device_ids]
         with self._failing(), self._connection:
             self._connection.execute("BEGIN IMMEDIATE")
             self._connection.executemany(
-                "INSERT OR IGNORE INTO participation (device_id, run_id, round) VALUES (?, ?, ?)",
+                "INSERT OR IGNORE INTO participation (device_id, run_id, round, attempt) "
+                "VALUES (?, ?, ?, ?)",
                 rows,
             )
 

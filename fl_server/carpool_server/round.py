@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import secrets
 import time
 
 import numpy as np
@@ -104,6 +105,15 @@ def run_round(around: Surroundings, state: RunState, planned: PlannedRound) -> R
     job, config, info, number = around.job, around.job.config, state.info, planned.number
     start = time.monotonic()
     task = _task(around, info, planned)
+    participation = around.books.participation
+    if participation is not None and task.participations is not None:
+        # devices add their noise themselves, and new noise whenever they are asked
+        participation.add(
+            task.device_ids,
+            run_id=info.run_id,
+            round_number=number,
+            attempt=secrets.token_hex(8),
+        )
     gathered = Gathering(
         around.exchange, task=task, theta=state.theta, owners=around.owners, rules=config.cohort
     ).run()
@@ -113,8 +123,8 @@ def run_round(around: Surroundings, state: RunState, planned: PlannedRound) -> R
     job.audit.reached(number, "summed")
 
     epsilon = None
-    if around.books.participation is not None:
-        around.books.participation.add(contributors, run_id=info.run_id, round_number=number)
+    if participation is not None and task.participations is None:
+        participation.add(contributors, run_id=info.run_id, round_number=number)
     if around.books.ledger is not None and planned.charge is not None:
         epsilon = around.books.ledger.charge(planned.charge).value
     job.audit.reached(number, "charged")

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as stn
 
 from carpool.errors import MalformedMessage, Refusal
+from carpool.privacy import MetricBounds
 from carpool.protocol import (
     Contribution,
     ContributionHeader,
@@ -49,6 +50,9 @@ task_headers = st.builds(
     clip_norm=finite,
     device_ids=names,
     report_loss=st.booleans(),
+    norm_bit=st.booleans(),
+    metrics=st.none() | st.builds(MetricBounds, max_loss=st.floats(0.1, 100.0)),
+    participations=st.none() | st.dictionaries(texts, st.integers(0, 9), max_size=3),
 )
 contribution_headers = st.builds(
     ContributionHeader,
@@ -75,6 +79,9 @@ def task_header(**changes: object) -> dict[str, Any]:
         clip_norm=1.0,
         device_ids=("a",),
         report_loss=True,
+        norm_bit=False,
+        metrics=None,
+        participations=None,
     )
     return header.model_dump(mode="json") | changes
 

@@ -43,6 +43,7 @@ def test_file_and_overrides_make_one_configuration(path: Path) -> None:
             "privacy.mode=central",
             "privacy.epsilon=8",
             "privacy.delta = 1e-5",
+            "privacy.regime=poisson",
             "cohort.expected_size=50",
             'local.train=["head"]',
             "simulation.aggregators=5",
@@ -86,7 +87,13 @@ def test_file_and_overrides_make_one_configuration(path: Path) -> None:
         ("cohort.quorum=1.5", "cohort.quorum: Input should be less than or equal to 1, got 1.5"),
         ("privacy.clip_norm=nan", "privacy.clip_norm: Input should be a finite number, got nan"),
         ("privacy.clip_norm=inf", "privacy.clip_norm: Input should be a finite number, got inf"),
-        ("privacy.mode=secret", "privacy.mode: Input should be 'none' or 'central', got 'secret'"),
+        (
+            "privacy.mode=secret",
+            (
+                "privacy.mode: Input should be 'none', 'central', 'example_level' or 'projection', "
+                "got 'secret'"
+            ),
+        ),
         (
             "privacy.epsilon=8",
             (
@@ -94,10 +101,55 @@ def test_file_and_overrides_make_one_configuration(path: Path) -> None:
                 "(or set mode = 'central')"
             ),
         ),
-        ("privacy.mode=central", "privacy: mode 'central' needs epsilon and delta, got only none"),
         (
-            "privacy={mode='central', clip_norm=1.0, delta=1e-5}",
-            "privacy: mode 'central' needs epsilon and delta, got only ['delta']",
+            "privacy.mode=central",
+            (
+                "privacy: mode 'central' needs epsilon, delta, regime ('poisson' or "
+                "'participation-cap')"
+            ),
+        ),
+        (
+            "privacy={mode='central', clip_norm=1.0, delta=1e-5, regime='poisson'}",
+            "privacy: mode 'central' needs epsilon",
+        ),
+        (
+            (
+                "privacy={mode='central', clip_norm=1.0, epsilon=2, delta=1e-5, "
+                "regime='participation-cap'}"
+            ),
+            "privacy: regime 'participation-cap' needs max_participations",
+        ),
+        (
+            (
+                "privacy={mode='central', clip_norm=1.0, epsilon=2, delta=1e-5, regime='poisson', "
+                "max_participations=3}"
+            ),
+            "privacy: regime 'poisson' has no use for max_participations",
+        ),
+        (
+            "privacy={mode='example_level', clip_norm=1.0, epsilon=2, delta=1e-5, metrics={}}",
+            "privacy: mode 'example_level' needs max_participations",
+        ),
+        (
+            (
+                "privacy={mode='example_level', clip_norm=1.0, epsilon=2, delta=1e-5, "
+                "max_participations=3, metrics={}}"
+            ),
+            "privacy: mode 'example_level' has no use for metrics",
+        ),
+        (
+            (
+                "privacy={mode='example_level', clip_norm=1.0, epsilon=2, delta=1e-5, "
+                "max_participations=3}"
+            ),
+            "value: privacy.mode 'example_level' needs local.steps and local.example_clip_norm",
+        ),
+        (
+            (
+                "privacy={mode='projection', clip_norm=1.0, epsilon=2, delta=1e-5, "
+                "projection={population=5, cohort=6}}"
+            ),
+            ("privacy.projection: expected a cohort of at most the population of 5, got 6"),
         ),
         ("privacy={clip_norm=1.0}", "privacy.mode: missing"),
         (

@@ -9,7 +9,6 @@ from typing import Any
 import fake_farm
 import numpy as np
 import pytest
-from local_grid import LocalGrid, Respond
 from round_kit import settings
 from tiny_data import write_tiny_data
 
@@ -17,7 +16,9 @@ import carpool_sim  # noqa: F401  sets Flower's and Ray's environment before the
 from carpool.config import RunConfig
 from carpool_server.checkpoint import RunFolder
 from carpool_server.coordinator import run_rounds
+from carpool_server.in_process import LocalGrid, Respond
 from carpool_server.job import Job, RunResult
+from carpool_sim.aggregator import Sources
 
 
 @pytest.fixture
@@ -70,3 +71,8 @@ def tiny_data_path(tiny: ModuleType, tmp_path_factory: pytest.TempPathFactory) -
     return write_tiny_data(
         tmp_path_factory.mktemp("data") / "tiny", documents=tiny.DOCUMENTS, words=tiny.WORDS
     )
+
+
+@pytest.fixture
+def sources(tiny_bundle_path: Path, tiny_data_path: Path) -> Sources:
+    return Sources(bundle=str(tiny_bundle_path), data=str(tiny_data_path))

@@ -21,7 +21,6 @@ import fake_farm
 import numpy as np
 import pytest
 from fake_farm import FakeAggregator, dealt
-from local_grid import LocalGrid
 from round_kit import settings
 
 from carpool.config import RunConfig
@@ -29,6 +28,7 @@ from carpool.theta import read_theta
 from carpool_server import promise
 from carpool_server.checkpoint import CHECKPOINT_NAME, RunFolder, read_checkpoint
 from carpool_server.coordinator import run_rounds
+from carpool_server.in_process import LocalGrid
 from carpool_server.job import Job
 from carpool_server.privacy.accounting import Epsilon
 from carpool_server.privacy.ledger import LEDGER_NAME, ledger, read_ledger

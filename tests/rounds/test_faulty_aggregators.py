@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from fake_farm import NUM_VALUES, FakeAggregator, answer, contribution_to, dealt
 from flwr.app import ConfigRecord, Error, Message, RecordDict
-from local_grid import LocalGrid
 from round_kit import RunHere, Witness, settings
 
 from carpool.errors import (
@@ -26,6 +25,7 @@ from carpool.errors import (
 from carpool.protocol import RoundTask
 from carpool_server.exchange import DESCRIBE
 from carpool_server.hooks import RoundFacts
+from carpool_server.in_process import LocalGrid
 
 HONEST, FAULTY = 10, 11
 PATIENT = settings(rounds=2, cohort={"quorum": 0.2, "deadline_seconds": 0.4, "extensions": 0})

@@ -11,12 +11,12 @@ import typer
 from flwr.app import Context, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
-from local_grid import LocalGrid, app_nodes
 from round_kit import settings
 from typer.testing import CliRunner, Result
 
 from carpool.errors import ConfigError, RoundFailed
 from carpool_server.hooks import RoundFacts
+from carpool_server.in_process import LocalGrid, app_nodes
 from carpool_sim import commands
 from carpool_sim import federate as federation
 from carpool_sim.progress import ProgressHook

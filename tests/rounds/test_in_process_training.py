@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from flwr.app import Context, Message, RecordDict
-from local_grid import LocalGrid, app_nodes
-from round_kit import Witness, run_apps, settings
+from real_devices import run_apps
+from round_kit import Witness, settings
 from tiny_data import BROKEN
 
 from carpool.bundle import Bundle
@@ -20,14 +20,10 @@ from carpool.theta import read_theta, zero_theta
 from carpool_device.training import LocalUpdate, train_locally
 from carpool_server.exchange import DESCRIBE, to_record
 from carpool_server.flower import make_server_app
+from carpool_server.in_process import LocalGrid, app_nodes
 from carpool_server.privacy.clipping import clip_to_grid
 from carpool_sim.aggregator import Farm, Sources, contribute, data_id_of, farm, make_client_app
 from carpool_sim.spread import spread
-
-
-@pytest.fixture
-def sources(tiny_bundle_path: Path, tiny_data_path: Path) -> Sources:
-    return Sources(bundle=str(tiny_bundle_path), data=str(tiny_data_path))
 
 
 @pytest.fixture
@@ -47,6 +43,9 @@ def task_for(devices: Farm, device_ids: tuple[str, ...], **changes: object) -> R
         clip_norm=0.5,
         device_ids=device_ids,
         report_loss=True,
+        norm_bit=False,
+        metrics=None,
+        participations=None,
     )
     return RoundTask(header=header.model_copy(update=changes), theta=zero_theta(manifest.layout))
 

@@ -394,6 +394,6 @@ def test_an_epsilon_says_how_it_was_computed() -> None:
     capped = epsilon_at_cap([release(1.0)], delta=DELTA, max_participations=2)
     assert capped.describe() == (
         "closed form, Gaussian, one client in at most the cap's number of "
-        "releases, no amplification, neighbouring: one client's updates become zero, its "
-        "participations stay, upper bound"
+        "releases, no amplification, neighbouring: what one client adds to the sums becomes zero, "
+        "its participations stay, upper bound"
     )

@@ -47,6 +47,7 @@ def state(*, sampling_key: str | None = None, config: RunConfig = CONFIG) -> Run
         data_id=None,
         population=Population(size=5, digest="d" * 64),
         noise_multiplier=0.1 + 0.2,
+        clip_norm=config.privacy.clip_norm,
         sampling_key=sampling_key,
         versions={"carpool": "0"},
         history=(),
@@ -113,13 +114,13 @@ def test_changed_values_are_refused_with_what_to_do(path: Path) -> None:
 def test_another_schema_version_is_refused(path: Path) -> None:
     """Before its fields are looked at."""
     arrays = {"theta": state().theta}
-    text = json.dumps({"version": 2})
+    text = json.dumps({"version": 1})
     digest = checkpoint._digest(text, arrays)
     path.write_bytes(save(arrays, metadata={"info": text, "digest": digest}))
     with pytest.raises(CheckpointError) as caught:
         read_checkpoint(path)
     assert str(caught.value) == (
-        f"{path}: expected checkpoint version 1, got 2. Resume it with the version of carpool "
+        f"{path}: expected checkpoint version 2, got 1. Resume it with the version of carpool "
         "that wrote it."
     )
 

@@ -35,12 +35,13 @@ TASK = TaskHeader(
     report_loss=False,
     norm_bit=True,
     metrics=BOUNDS,
+    participations=None,
 )
 HONEST = np.linspace(-0.1, 0.1, LENGTH, dtype=np.float32)
 
 anything = hnp.arrays(np.float32, LENGTH, elements=st.floats(width=32))
 spike = st.builds(
-    lambda place, value: np.eye(LENGTH, dtype=np.float32)[place] * np.float32(value),
+    lambda place, value: np.where(np.arange(LENGTH) == place, value, 0.0).astype(np.float32),
     st.integers(0, LENGTH - 1),
     st.floats(width=32),
 )

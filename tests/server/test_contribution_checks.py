@@ -23,6 +23,9 @@ TASK = TaskHeader(
     clip_norm=1.0,
     device_ids=("a", "b"),
     report_loss=False,
+    norm_bit=False,
+    metrics=None,
+    participations=None,
 )
 
 

@@ -33,7 +33,7 @@ def gaussian_on_grid(num_values: int, *, scale: int) -> NDArray[np.int64]:
 
     Guarantees: added to the exact sum of updates whose norm is at most ``2**GRID_BITS`` each,
     it makes the Gaussian mechanism with noise multiplier ``scale / 2**GRID_BITS``, for the
-    neighbouring relations "add or remove one client" and "one client's updates become zero",
+    neighbouring relations "add or remove one client" and "what one client adds becomes zero",
     rounded to the grid: the sum is an integer, so rounding sum + noise is post-processing. A
     scale of 0 gives zeros. Nothing can seed, store or repeat it.
 

@@ -60,10 +60,10 @@ def epsilon_at_cap(
     client that the cap is held for, also where clients choose when to take part, and where that
     depends on earlier releases: the cap is a privacy filter on the individual, so its loss is
     that of ``max_participations`` Gaussians, and the value is that of those with the least
-    noise. Neighbouring: one client's updates become zero, its participations stay (that it took
-    part is not hidden). No amplification is claimed: sampling rates are ignored. Slack: the
-    accountant's and the noise sampler's, of as many releases, are in the value; a release that
-    the client is not in is the same function of earlier ones for both neighbours.
+    noise. Neighbouring: what one client adds to the sums becomes zero, its participations stay
+    (that it took part is not hidden). No amplification is claimed: sampling rates are ignored.
+    Slack: the accountant's and the noise sampler's, of as many releases, are in the value; a
+    release that the client is not in is the same function of earlier ones for both neighbours.
 
     Args:
         releases: in any order; fewer than the cap count as they are, none cost 0.

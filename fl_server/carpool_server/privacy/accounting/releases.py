@@ -26,7 +26,7 @@ _REGIMES: dict[Regime, str] = {
     "poisson": "Poisson-subsampled Gaussian, neighbouring: add or remove one client",
     "participation-cap": (
         "Gaussian, one client in at most the cap's number of releases, no amplification, "
-        "neighbouring: one client's updates become zero, its participations stay"
+        "neighbouring: what one client adds to the sums becomes zero, its participations stay"
     ),
 }
 

@@ -5,23 +5,30 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable
 
-from flwr.app import Context, Message, RecordDict, UserConfig
+from flwr.app import Context, Error, Message, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
-# Flower's engines set these before a ServerApp runs; ``Message`` reads them (flwr 1.41.0).
-TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
+from carpool_server.private import Run, pose_as_a_task
+
+_UNKNOWN = 0  # Flower's code of an error that has no other
 
 Respond = Callable[[Message], Message | None]
 """Answers a message; None never answers."""
 
 
 class LocalGrid(Grid):
-    """Delivers messages to ``nodes`` and keeps their replies until they are pulled once."""
+    """Delivers messages to ``nodes`` and keeps their replies until they are pulled once.
+
+    A node that fails answers with Flower's error, as it would elsewhere.
+
+    Attributes:
+        nodes: node id -> what answers there.
+        pushed: all messages so far.
+    """
 
     def __init__(self, nodes: dict[int, Respond]) -> None:
+        pose_as_a_task()
         self.nodes = nodes
         self.pushed: list[Message] = []
         self._lock = threading.Lock()
@@ -45,7 +52,10 @@ class LocalGrid(Grid):
         return ids
 
     def _answer(self, message_id: str, message: Message) -> None:
-        reply = self.nodes[message.metadata.dst_node_id](message)
+        try:
+            reply = self.nodes[message.metadata.dst_node_id](message)
+        except Exception as error:  # noqa: BLE001  a node's failure is its answer
+            reply = Message(Error(_UNKNOWN, repr(error)), reply_to=message)
         if reply is not None:
             with self._lock:
                 self._replies[message_id] = reply
