@@ -144,7 +144,7 @@ def contribute(
     hits = _hits_at_1(task, devices, own) if header.metrics is not None else {}
     for device in own:
         try:
-            local = _trained(task, devices, device, train)
+            local = _trained(task, devices, device, train=train)
             facts = DeviceFacts(
                 num_examples=local.num_examples or 0,
                 mean_loss=math.nan if local.mean_loss is None else local.mean_loss,
@@ -158,7 +158,7 @@ def contribute(
     return builder.build()
 
 
-def _trained(task: RoundTask, devices: Farm, device: str, train: LocalTraining) -> LocalUpdate:
+def _trained(task: RoundTask, devices: Farm, device: str, *, train: LocalTraining) -> LocalUpdate:
     """One device's training; in mode ``example_level`` with what it spent in earlier rounds.
 
     A phone keeps its own books. Here workers keep nothing, so the task brings the number of the

@@ -1,22 +1,14 @@
-"""Settings that are small and quick, an audit that keeps what it sees, and whole runs."""
+"""Settings that are small and quick, and an audit that keeps what it sees."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from carpool.bundle import Bundle
 from carpool.config import RunConfig, parse_config
-from carpool_device.training import train_locally
-from carpool_server.checkpoint import RunFolder
-from carpool_server.coordinator import run_rounds
-from carpool_server.in_process import LocalGrid, app_nodes
-from carpool_server.job import Job, RunResult
-from carpool_sim.aggregator import LocalTraining, Sources, data_id_of, make_client_app
+from carpool_server.job import RunResult
 
 RunHere = Callable[..., RunResult]
 """The fixture ``run_here``."""
@@ -54,34 +46,3 @@ def settings(*, mode: str = "none", **changes: object) -> RunConfig:
     for name, change in changes.items():
         values[name] = {**values.get(name, {}), **change} if isinstance(change, dict) else change
     return parse_config(values, source="test settings")
-
-
-def run_apps(
-    sources: Sources,
-    out: Path,
-    config: RunConfig,
-    *,
-    parts: int,
-    witness: Witness | None = None,
-    train: LocalTraining = train_locally,
-) -> RunResult:
-    """The real coordinator and the real aggregator app, over nodes in this process."""
-    bundle = Bundle.open(Path(sources.bundle))
-    job = Job(
-        config=config,
-        bundle_id=bundle.id,
-        layout=bundle.manifest.layout,
-        initial_theta=bundle.initial_theta(),
-        audit=witness or Witness(),
-        aggregators=parts,
-    )
-    folder = RunFolder(
-        out,
-        config=config,
-        bundle_id=bundle.id,
-        data_id=data_id_of(Path(sources.data)),
-        resume=False,
-    )
-    with closing(folder):
-        grid = LocalGrid(app_nodes(make_client_app(sources, train=train), parts=parts))
-        return run_rounds(grid, job, folder)

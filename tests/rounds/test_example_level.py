@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from fake_farm import FakeAggregator, answer, contribution_to
 from flwr.app import Message
-from round_kit import RunHere, Witness, run_apps, settings
+from real_devices import run_apps
+from round_kit import RunHere, Witness, settings
 
 from carpool.config import RunConfig
 from carpool.data.dataset import Dataset

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from flwr.app import Context, Message, RecordDict
-from round_kit import Witness, run_apps, settings
+from real_devices import run_apps
+from round_kit import Witness, settings
 from tiny_data import BROKEN
 
 from carpool.bundle import Bundle

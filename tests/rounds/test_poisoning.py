@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from round_kit import Witness, run_apps, settings
+from real_devices import run_apps
+from round_kit import Witness, settings
 from tiny_data import BROKEN
 
 from bench.poisoning.attack import Attack, Kind, colluders_of, train, unclicked
@@ -27,11 +28,6 @@ from carpool_sim.aggregator import Farm, Sources, farm
 
 REPOSITORY = Path(__file__).parents[2]
 KINDS: tuple[Kind, ...] = ("promotion", "label flips")
-
-
-@pytest.fixture
-def sources(tiny_bundle_path: Path, tiny_data_path: Path) -> Sources:
-    return Sources(bundle=str(tiny_bundle_path), data=str(tiny_data_path))
 
 
 @pytest.fixture
