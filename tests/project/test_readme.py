@@ -18,11 +18,11 @@ MADE_BEFORE = {
 SHORTER = ("--set", "rounds=1", "--set", "cohort.expected_size=3.0")
 
 
-def _steps(repository: Path) -> list[str]:
+def _steps(repository: Path, *, block: int = 0) -> list[str]:
     text = (repository / "README.md").read_text(encoding="utf-8")
     section = text.split("## Step by step")[1].split("\n## ")[0]
-    block = re.findall(r"```\n(.*?)```", section, flags=re.DOTALL)[0]
-    return [line for line in block.splitlines() if line]
+    text = re.findall(r"```\n(.*?)```", section, flags=re.DOTALL)[block]
+    return [line for line in text.splitlines() if line]
 
 
 def test_make_targets_of_the_readme_exist(repository: Path) -> None:
@@ -73,3 +73,18 @@ def test_steps_of_the_readme_run_as_written(
     assert "trained" in printed["evaluate"]
     assert "after training" in printed["search"]
     assert (tmp_path / "build" / "server-model" / "modules.json").exists()
+
+    told = {}
+    for step in _steps(repository, block=1):
+        _, *arguments = shlex.split(step)
+        extra = SHORTER if arguments[0] == "federate" else ()
+        told[" ".join(arguments[:2])] = carpool(*arguments, *extra, cwd=tmp_path)
+    assert list(told) == [
+        "privacy plan",
+        "federate build/bundle",
+        "privacy ledger",
+        "privacy audit",
+    ]
+    assert "was spent; unit: one device" in told["federate build/bundle"]
+    assert "chain: 3 lines, all hashes right" in told["privacy ledger"]
+    assert "is not refuted" in told["privacy audit"]
