@@ -31,7 +31,7 @@ class AdaptiveClip(Model):
         target_quantile: the share of updates that should be within the clip.
         learning_rate: of the geometric rule ``C *= exp(-rate * (share - target))``.
         bit_noise: standard deviation of the noise on the sum of bits, in bits; None takes a
-            twentieth of the expected cohort, as the paper does.
+            twentieth of the expected cohort, as the paper does, and more for small cohorts.
     """
 
     target_quantile: Annotated[float, Field(gt=0, lt=1)] = 0.5

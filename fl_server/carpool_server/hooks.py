@@ -84,8 +84,19 @@ class RoundHook(Protocol):
         """
 
 
-Step = Literal["summed", "charged", "noised", "stepped", "checkpointed", "released", "hooked"]
-"""The boundaries of a round, in order; ``noised`` stands for zeros in mode ``none``."""
+Step = Literal[
+    "summed",
+    "counted",
+    "charged",
+    "noised",
+    "stepped",
+    "checkpointed",
+    "marked",
+    "released",
+    "hooked",
+]
+"""The boundaries of a round, in order: ``counted`` in the participations, ``charged`` and
+``marked`` in the ledger. All are passed in every mode; ``noised`` stands for zeros in ``none``."""
 
 
 class Audit(Protocol):

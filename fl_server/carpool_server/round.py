@@ -125,6 +125,7 @@ def run_round(around: Surroundings, state: RunState, planned: PlannedRound) -> R
     epsilon = None
     if participation is not None and task.participations is None:
         participation.add(contributors, run_id=info.run_id, round_number=number)
+    job.audit.reached(number, "counted")
     if around.books.ledger is not None and planned.charge is not None:
         epsilon = around.books.ledger.charge(planned.charge).value
     job.audit.reached(number, "charged")
@@ -202,6 +203,7 @@ def release(
             contributors=info.contributors,
             largest_participation=info.largest_participation,
         )
+    job.audit.reached(number, "marked")
     folder.release(state, layout=job.layout)
     job.audit.reached(number, "released")
     theta = state.theta.copy()

@@ -14,8 +14,10 @@ import shutil
 import signal
 import time
 import traceback
+from collections import Counter
 from contextlib import closing
 from pathlib import Path
+from typing import get_args
 
 import fake_farm
 import numpy as np
@@ -25,20 +27,22 @@ from round_kit import settings
 
 from carpool.config import RunConfig
 from carpool.theta import read_theta
-from carpool_server import promise
 from carpool_server.checkpoint import CHECKPOINT_NAME, RunFolder, read_checkpoint
 from carpool_server.coordinator import run_rounds
+from carpool_server.hooks import Step
 from carpool_server.in_process import LocalGrid
 from carpool_server.job import Job
+from carpool_server.participation import PARTICIPATION_NAME, Participation
 from carpool_server.privacy.accounting import Epsilon
 from carpool_server.privacy.ledger import LEDGER_NAME, ledger, read_ledger
 
-STEPS = ("summed", "charged", "noised", "stepped", "checkpointed", "released", "hooked")
+STEPS: tuple[Step, ...] = get_args(Step)
+MODES = ("none", "central", "capped")
 KILLED = 137
 
 
 class Crashing:
-    """An audit that writes down a hash of every sum, and dies at a boundary."""
+    """An audit that writes down a hash and a piece of every sum, and dies at a boundary."""
 
     def __init__(self, log: Path, *, at: tuple[int, str] | None = None) -> None:
         self._log = log
@@ -48,7 +52,8 @@ class Crashing:
         """Appends round and hash to the log."""
         digest = hashlib.sha256(total.tobytes() + repr(device_ids).encode()).hexdigest()
         with self._log.open("a") as file:
-            file.write(json.dumps([round_number, digest]) + "\n")
+            piece = total[:8].tobytes().hex()
+            file.write(json.dumps([round_number, digest, piece, device_ids]) + "\n")
 
     def reached(self, round_number: int, step: str) -> None:
         """Dies where it should."""
@@ -108,14 +113,22 @@ def thetas(out: Path) -> dict[str, bytes]:
     }
 
 
-def charged(out: Path) -> list[int]:
+def books(out: Path) -> tuple[list[int], list[int]]:
+    """The rounds that are charged, and those that are marked as released."""
+    if not (out / LEDGER_NAME).exists():
+        return [], []
     book, _ = read_ledger(out / LEDGER_NAME)
-    return [charged.charge.round_number for charged in book.charges]
+    charged = [charged.charge.round_number for charged in book.charges]
+    return charged, [mark.round_number for mark in book.releases]
 
 
-def check_after_death(out: Path, config: RunConfig, before: dict[str, bytes]) -> None:
+def check_after_death(out: Path, config: RunConfig, before: dict[str, bytes], log: Path) -> None:
     """What must hold however the process died."""
     now = released(out)
+    files = [path.read_bytes() for path in out.rglob("*") if path.is_file()]
+    for line in log.read_text().splitlines() if log.exists() else ():
+        piece = bytes.fromhex(json.loads(line)[2])
+        assert not [data for data in files if piece in data], "a sum without noise on disk"
     assert before.items() <= now.items(), "a release changed or vanished"
     if not (out / CHECKPOINT_NAME).exists():
         return
@@ -123,19 +136,38 @@ def check_after_death(out: Path, config: RunConfig, before: dict[str, bytes]) ->
     done = state.info.round_number
     assert len(now) in {done, done - 1}, "a release without its checkpoint"
     if config.privacy.mode == "central":
-        rounds = charged(out) if (out / LEDGER_NAME).exists() else []
+        rounds, marked = books(out)
         assert rounds in (list(range(1, done + 1)), list(range(1, done + 2)))
+        assert {f"theta-round-{number:04d}.safetensors" for number in marked} >= now.keys()
     if len(now) == done and done:
         path = out / f"theta-round-{done:04d}.safetensors"
         theta = read_theta(path, layout=fake_farm.LAYOUT, bundle_id=fake_farm.BUNDLE_ID)
         assert theta.tobytes() == state.theta.tobytes()
 
 
+def configured(mode: str) -> RunConfig:
+    """Four rounds; ``capped`` has everything that a private round can have."""
+    if mode == "none":
+        return settings(rounds=4)
+    if mode == "central":
+        return settings(mode=mode, rounds=4, privacy={"noise_multiplier": 1.3})
+    return settings(
+        mode="central",
+        rounds=4,
+        privacy={
+            "regime": "participation-cap",
+            "max_participations": 3,
+            "adaptive_clip": {},
+            "metrics": {},
+        },
+    )
+
+
 def sums(log: Path) -> dict[int, set[str]]:
     """The different sums seen in each round."""
     seen: dict[int, set[str]] = {}
     for line in log.read_text().splitlines():
-        number, digest = json.loads(line)
+        number, digest, *_ = json.loads(line)
         seen.setdefault(number, set()).add(digest)
     return seen
 
@@ -143,7 +175,6 @@ def sums(log: Path) -> dict[int, set[str]]:
 @pytest.fixture(autouse=True)
 def cheap_accounting(monkeypatch: pytest.MonkeyPatch) -> None:
     """The accountant has tests of its own; here a round costs 0.1."""
-    monkeypatch.setattr(promise, "calibrate", lambda **_: 1.3)
     monkeypatch.setattr(
         ledger,
         "epsilon_of",
@@ -151,10 +182,10 @@ def cheap_accounting(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-@pytest.mark.parametrize("mode", ["none", "central"])
+@pytest.mark.parametrize("mode", MODES)
 def test_a_death_at_any_boundary_loses_and_repeats_nothing(tmp_path: Path, mode: str) -> None:
     """One run that dies once at every boundary of every round, and one that never does."""
-    config = settings(mode=mode, rounds=4)
+    config = configured(mode)
     log, out = tmp_path / "sums", tmp_path / "dying"
     points = [(0, "checkpointed")]
     points += [(number, step) for number in range(1, 5) for step in STEPS]
@@ -162,31 +193,31 @@ def test_a_death_at_any_boundary_loses_and_repeats_nothing(tmp_path: Path, mode:
     for point in points:
         status = in_child(out, config, Crashing(log, at=point), kill_after=None)
         assert status == KILLED, point
-        check_after_death(out, config, before)
+        check_after_death(out, config, before, log)
         before = released(out)
     assert in_child(out, config, Crashing(log), kill_after=None) == 0
     check_whole(tmp_path, config, out, log, before)
 
 
-@pytest.mark.parametrize("mode", ["none", "central"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("step", STEPS)
 def test_one_death_in_a_fresh_run_loses_and_repeats_nothing(
     tmp_path: Path, mode: str, step: str
 ) -> None:
     """At this boundary of the second round alone, whatever order the steps come in."""
-    config = settings(mode=mode, rounds=4)
+    config = configured(mode)
     log, out = tmp_path / "sums", tmp_path / "dying"
     assert in_child(out, config, Crashing(log, at=(2, step)), kill_after=None) == KILLED
-    check_after_death(out, config, {})
+    check_after_death(out, config, {}, log)
     before = released(out)
     assert in_child(out, config, Crashing(log), kill_after=None) == 0
     check_whole(tmp_path, config, out, log, before)
 
 
-@pytest.mark.parametrize("mode", ["none", "central"])
+@pytest.mark.parametrize("mode", MODES)
 def test_sigkill_at_random_moments_loses_and_repeats_nothing(tmp_path: Path, mode: str) -> None:
     """Killed again and again after random times, then left alone."""
-    config = settings(mode=mode, rounds=4)
+    config = configured(mode)
     log, out = tmp_path / "sums", tmp_path / "dying"
     log.touch()
     start = time.monotonic()
@@ -199,7 +230,7 @@ def test_sigkill_at_random_moments_loses_and_repeats_nothing(tmp_path: Path, mod
     for _ in range(20):
         wait = moments.uniform(0, seconds / 2)
         status = in_child(out, config, Crashing(log), kill_after=wait)
-        check_after_death(out, config, before)
+        check_after_death(out, config, before, log)
         before = released(out)
         if status == 0 and kills >= 2:
             break
@@ -223,14 +254,24 @@ def check_whole(
     rounds = list(range(1, config.rounds + 1))
     if config.privacy.mode == "central":
         # every attempt at a round had the same cohort and the same exact sum
-        first, done = sums(log), charged(out)
-        assert done == rounds
+        first = sums(log)
+        assert books(out) == (rounds, rounds)
         # from the second round on the sums depend on released noise: equal within one run only
         assert {number: len(digests) for number, digests in first.items()} == dict.fromkeys(
             rounds, 1
         )
+        if config.privacy.max_participations is not None:
+            check_participations(out, log)
         return
     other, other_log = tmp_path / "whole", tmp_path / "whole-sums"
     assert in_child(other, config, Crashing(other_log), kill_after=None) == 0
     assert sums(log) == sums(other_log)
     assert thetas(out) == thetas(other)
+
+
+def check_participations(out: Path, log: Path) -> None:
+    """Each device is counted once for each round that it is in, however often that was begun."""
+    devices = {number: ids for number, _, _, ids in map(json.loads, log.read_text().splitlines())}
+    with closing(Participation(out / PARTICIPATION_NAME)) as participation:
+        counted = participation.counts()
+    assert counted == Counter(device for ids in devices.values() for device in ids)

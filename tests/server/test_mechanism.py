@@ -103,14 +103,16 @@ def test_a_projection_has_the_noise_of_its_imagined_cohort() -> None:
 
 
 def test_the_bits_noise_is_a_twentieth_of_the_cohort_by_default() -> None:
-    """Andrew et al. (2021), section 3."""
-    assert bit_noise(AdaptiveClip(), 60.0) == 3.0
-    assert bit_noise(AdaptiveClip(bit_noise=7.0), 60.0) == 7.0
+    """Andrew et al. (2021), section 3; more where that would cost over a tenth of the budget."""
+    assert bit_noise(AdaptiveClip(), 60.0, noise_multiplier=1.0) == 3.0
+    assert bit_noise(AdaptiveClip(bit_noise=7.0), 60.0, noise_multiplier=1.0) == 7.0
+    small = mechanism(1.0, cohort=4.0, adaptive_clip={})
+    assert small.multiplier("norm_bit") ** -2 == pytest.approx(0.1, rel=1e-6)
 
 
 def follow(norms: np.ndarray, *, start: float, rounds: int, adaptive: AdaptiveClip) -> float:
     """The clip after some rounds over devices with the given norms, with the production noise."""
-    clip, scale = start, math.ceil(2 * bit_noise(adaptive, norms.size) * GRID_BOUND)
+    clip, scale = start, math.ceil(norms.size / 10 * GRID_BOUND)
     for _ in range(rounds):
         bits = int(np.where(norms <= clip, 1, -1).sum()) * GRID_BOUND
         noised = bits + int(gaussian_on_grid(1, scale=scale)[0])

@@ -21,6 +21,9 @@ from carpool.privacy import LARGEST_CLIP, SMALLEST_CLIP, AdaptiveClip, PrivacyCo
 from carpool.protocol import GRID_BOUND, Block
 from carpool_server.privacy.noise import gaussian_on_grid, noise_scale
 
+_LARGEST_BIT_SHARE = 0.1
+"""Of ``1 / z**2``, that norm bits take where the settings do not say how noisy they are."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mechanism:
@@ -91,7 +94,8 @@ def mechanism_for(
     costs: dict[Block, float] = {}
     if "norm_bit" in sizes and config.adaptive_clip is not None:
         # its bound is 1/2, so noise of s bits is a multiplier of 2 s
-        costs["norm_bit"] = (2 * bit_noise(config.adaptive_clip, cohort)) ** -2
+        noise = bit_noise(config.adaptive_clip, cohort, noise_multiplier=noise_multiplier)
+        costs["norm_bit"] = (2 * noise) ** -2
     if "metrics" in sizes and config.metrics is not None:
         costs["metrics"] = config.metrics.budget_share * noise_multiplier**-2
     left = noise_multiplier**-2 - sum(costs.values())
@@ -109,12 +113,22 @@ def mechanism_for(
     )
 
 
-def bit_noise(config: AdaptiveClip, cohort: float) -> float:
-    """Standard deviation of the noise on the sum of bits; a twentieth of the cohort by default.
+def bit_noise(config: AdaptiveClip, cohort: float, *, noise_multiplier: float) -> float:
+    """Standard deviation of the noise on the sum of bits.
+
+    Where the settings leave it open: a twentieth of the cohort, as the source has it, or more
+    where a small cohort's bits would otherwise take over a tenth of the budget.
+
+    Args:
+        config: the settings.
+        cohort: expected devices.
+        noise_multiplier: z of the whole release.
 
     Source: Andrew et al. (2021), arXiv 1905.03871, section 3.
     """
-    return config.bit_noise or cohort / 20
+    if config.bit_noise is not None:
+        return config.bit_noise
+    return max(cohort / 20, noise_multiplier / (2 * math.sqrt(_LARGEST_BIT_SHARE)))
 
 
 def next_clip(
