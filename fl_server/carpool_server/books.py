@@ -10,7 +10,7 @@ from pathlib import Path
 from carpool.config import RunConfig
 from carpool.errors import PrivacyError
 from carpool_server.checkpoint import RunInfo
-from carpool_server.participation import PARTICIPATION_NAME, Participation
+from carpool_server.participation import Participation
 from carpool_server.privacy.accounting import Release
 from carpool_server.privacy.ledger import LEDGER_NAME, Ledger, read_promised
 from carpool_server.promise import promise_of
@@ -65,9 +65,7 @@ def open_books(path: Path, config: RunConfig, info: RunInfo) -> Iterator[Books]:
             ledger = stack.enter_context(closing(Ledger(path, promise)))
             ledger.check_covers(info.run_id, info.round_number, head=info.ledger_head)
         if cap is not None:
-            participation = stack.enter_context(
-                closing(Participation(path.with_name(PARTICIPATION_NAME)))
-            )
+            participation = stack.enter_context(closing(Participation(participation_path(path))))
             _check_participations(participation, info, ledger)
         yield Books(ledger=ledger, participation=participation, cap=cap)
 
@@ -90,6 +88,11 @@ def ledger_path_of(folder: Path, given: Path | None) -> Path:
     A simulation's population is imagined for the run, so each run's own ledger is honest there.
     """
     return folder / LEDGER_NAME if given is None else given
+
+
+def participation_path(ledger: Path) -> Path:
+    """Where the participations of a ledger's population are: beside it, under its name."""
+    return ledger.with_suffix(".participation.sqlite")
 
 
 def _check_participations(

@@ -133,6 +133,8 @@ def _first_state(job: Job, owners: Owners, data_id: str | None, ledger_path: Pat
         num_values=num_values,
         history=history_of(ledger_path, config, population=population.digest),
     )
+    # refuses noise that leaves nothing for theta, or that the sampler cannot draw
+    round_mechanism(config, num_values=job.layout.num_values, noise_multiplier=noise_multiplier)
     secret = config.privacy.mode == "central"
     info = RunInfo(
         run_id=secrets.token_hex(8),

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from carpool.errors import PrivacyError
 
-PARTICIPATION_NAME = "participation.sqlite"
+PARTICIPATION_NAME = "ledger.participation.sqlite"
+"""Beside a ledger of the default name."""
 
 _VERSION = 1
 

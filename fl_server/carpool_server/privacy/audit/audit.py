@@ -71,10 +71,17 @@ def audit_config(config: RunConfig, *, canaries: int, population: int | None) ->
             f"population: expected at least the cohort of {expected:g} devices, got {population}."
         )
     rate = 1.0 if population is None else expected / population
-    adaptive = privacy.adaptive_clip
-    if adaptive is not None:
-        # its default depends on the cohort
-        adaptive = adaptive.model_copy(update={"bit_noise": bit_noise(adaptive, expected)})
+    if privacy.adaptive_clip is not None:
+        # its default depends on the run's cohort and noise, so both are settled here
+        z = noise_multiplier_of(
+            config,
+            population=population or math.ceil(expected),
+            num_values=canaries,
+            history=(),
+        )
+        noise = bit_noise(privacy.adaptive_clip, expected, noise_multiplier=z)
+        adaptive = privacy.adaptive_clip.model_copy(update={"bit_noise": noise})
+        privacy = privacy.model_copy(update={"adaptive_clip": adaptive, "noise_multiplier": z})
     cohort = config.cohort.model_copy(
         update={
             "expected_size": rate * canaries,
@@ -85,7 +92,7 @@ def audit_config(config: RunConfig, *, canaries: int, population: int | None) ->
     )
     return config.model_copy(
         update={
-            "privacy": privacy.model_copy(update={"adaptive_clip": adaptive}),
+            "privacy": privacy,
             "cohort": cohort,
             "server": SgdConfig(learning_rate=1.0),
         }
