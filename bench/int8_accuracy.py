@@ -18,17 +18,15 @@ import numpy as np
 
 from carpool.bundle import Bundle
 from carpool.data.dataset import DOCUMENTS_NAME, Dataset
-from carpool.progress import progress
 from carpool_device.evaluation import METRICS, Ranking, prepare_queries, rank_queries
 from carpool_device.evaluation.bootstrap import RESAMPLES, cluster_intervals
 from carpool_device.runtime import DeviceProgram
 from carpool_export.exporter import export_bundle
 from carpool_export.model.weights import Weights
 from carpool_export.settings import ExportSettings
-from carpool_server.checkpoint import CHECKPOINT_NAME, release_name
-from carpool_sim.federate import run
-from carpool_sim.progress import ProgressHook
+from carpool_server.checkpoint import release_name
 from carpool_sim.settings import packaged_settings
+from carpool_sim.shown import run_shown
 
 METRIC = "acc@1"
 KINDS: tuple[Weights, ...] = ("float32", "int8")
@@ -38,16 +36,7 @@ def ranking(data: Path, out: Path, weights: Weights, settings: str, seed: int) -
     """The validation queries' ranks after a federated run."""
     config = packaged_settings(settings, overrides=(f"seed={seed}",))
     folder = out / f"{weights}-{settings}-{seed}"
-    with progress(folder.name, total=config.rounds) as bar:
-        run(
-            out / weights,
-            data,
-            folder,
-            config,
-            resume=(folder / CHECKPOINT_NAME).exists(),
-            hooks=[ProgressHook(bar)],
-            keep_every=config.rounds,
-        )
+    run_shown(out / weights, data, folder, config, name=folder.name)
     bundle = Bundle.open(out / weights)
     program = DeviceProgram.load(bundle)
     queries = prepare_queries(

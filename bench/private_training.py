@@ -15,18 +15,16 @@ from pathlib import Path
 from carpool.bundle import Bundle
 from carpool.config import RunConfig
 from carpool.data.dataset import DOCUMENTS_NAME
-from carpool.progress import progress, stages
+from carpool.progress import stages
 from carpool_device.evaluation.report import ZERO_SHOT
 from carpool_export.exporter import STAGES, export_bundle
 from carpool_export.settings import ExportSettings
 from carpool_export.trainables import preset_kinds
-from carpool_server.checkpoint import CHECKPOINT_NAME
 from carpool_sim.demo import MODEL
-from carpool_sim.federate import run
-from carpool_sim.progress import ProgressHook
 from carpool_sim.report.measure import measure
 from carpool_sim.report.model import Report, Training
 from carpool_sim.settings import packaged_settings
+from carpool_sim.shown import run_shown
 
 PRESETS = ("small", "paper")
 REPORT_NAME = "private-training-{}.json"
@@ -67,16 +65,7 @@ def measured(preset: str, data: Path, out: Path) -> Report:
     folders = {}
     for number, (name, config) in enumerate(planned(preset).items(), start=1):
         folder = folders[name] = out / f"{preset}-{number}"
-        with progress(f"{preset}: {name}", total=config.rounds) as bar:
-            run(
-                bundle_path,
-                data,
-                folder,
-                config,
-                resume=(folder / CHECKPOINT_NAME).exists(),
-                hooks=[ProgressHook(bar)],
-                keep_every=config.rounds,
-            )
+        run_shown(bundle_path, data, folder, config, name=f"{preset}: {name}")
     bundle = Bundle.open(bundle_path)
     return measure(bundle, data, folders, compare=[(name, ZERO_SHOT) for name in folders])
 

