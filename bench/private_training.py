@@ -20,6 +20,7 @@ from carpool_device.evaluation.report import ZERO_SHOT
 from carpool_export.exporter import STAGES, export_bundle
 from carpool_export.settings import ExportSettings
 from carpool_export.trainables import preset_kinds
+from carpool_server.privacy.accounting import rounded_up
 from carpool_sim.demo import MODEL
 from carpool_sim.report.measure import measure
 from carpool_sim.report.model import Report, Training
@@ -88,7 +89,7 @@ def _noise(training: Training | None) -> list[str]:
     config, imagined = training.config, training.config.privacy.projection
     cohort = config.cohort.expected_size if imagined is None else imagined.cohort
     ratio = training.noise_multiplier * training.trained_values**0.5 / cohort
-    epsilon = "none achieved" if training.epsilon is None else f"{training.epsilon:.2f}"
+    epsilon = "none achieved" if training.epsilon is None else rounded_up(training.epsilon, 2)
     return [epsilon, f"{training.noise_multiplier:.3f}", f"{ratio:.2f}"]
 
 

@@ -18,6 +18,8 @@ SMALLEST_CLIP, LARGEST_CLIP = 1e-35, 1e35
 """Of a device's update, in theta's units: what float32 and the grid can follow."""
 
 ClipNorm = Annotated[float, Field(ge=SMALLEST_CLIP, le=LARGEST_CLIP)]
+NoiseMultiplier = Annotated[float, Field(ge=2.0**-13, le=2.0**18)]
+BitNoise = Annotated[float, Field(ge=1e-3, le=1e9)]
 Delta = Annotated[float, Field(gt=0, lt=1)]
 
 Mode = Literal["none", "central", "example_level", "projection"]
@@ -36,7 +38,7 @@ class AdaptiveClip(Model):
 
     target_quantile: Annotated[float, Field(gt=0, lt=1)] = 0.5
     learning_rate: PositiveFloat = 0.2
-    bit_noise: PositiveFloat | None = None
+    bit_noise: BitNoise | None = None
 
 
 class MetricBounds(Model):
@@ -143,7 +145,7 @@ class PrivacyConfig(Model):
     delta: Delta | None = None
     regime: Regime | None = None
     max_participations: PositiveInt | None = None
-    noise_multiplier: PositiveFloat | None = None
+    noise_multiplier: NoiseMultiplier | None = None
     adaptive_clip: AdaptiveClip | None = None
     metrics: PrivateMetrics | None = None
     projection: Projection | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from carpool.progress import Bar
 from carpool_server.hooks import RoundFacts
+from carpool_server.privacy.accounting import rounded_up
 
 
 class ProgressHook:
@@ -20,7 +21,7 @@ class ProgressHook:
         if record.mean_loss is not None:
             notes.insert(0, f"loss {record.mean_loss:.3f}")
         if record.epsilon is not None:
-            notes.insert(0, f"epsilon {record.epsilon:.2f}")
+            notes.insert(0, f"epsilon {rounded_up(record.epsilon, 2)}")
         if record.rejected:
             notes.append(f"{len(record.rejected)} rejected")
         self._bar.advance(facts.round_number - self._done, note=", ".join(notes))

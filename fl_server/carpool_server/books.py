@@ -82,12 +82,23 @@ def history_of(path: Path, config: RunConfig, *, population: str) -> list[Releas
     return [charged.charge.release for charged in read_promised(path, promise).charges]
 
 
-def ledger_path_of(folder: Path, given: Path | None) -> Path:
+def ledger_path_of(folder: Path, given: Path | None, config: RunConfig) -> Path:
     """Where a run's ledger is: as given, or in the run's own folder.
 
     A simulation's population is imagined for the run, so each run's own ledger is honest there.
+
+    Raises:
+        PrivacyError: a ledger is given to a mode that releases without charging it.
     """
-    return folder / LEDGER_NAME if given is None else given
+    if given is None:
+        return folder / LEDGER_NAME
+    if config.privacy.mode != "central":
+        raise PrivacyError(
+            f"{given}: expected privacy.mode 'central' for a population with a ledger, got "
+            f"{config.privacy.mode!r}, which would release what nobody charges. Leave out the "
+            "ledger if the devices are imagined for this run."
+        )
+    return given
 
 
 def participation_path(ledger: Path) -> Path:
@@ -98,12 +109,20 @@ def participation_path(ledger: Path) -> Path:
 def _check_participations(
     participation: Participation, info: RunInfo, ledger: Ledger | None
 ) -> None:
-    found = max(participation.counts().values(), default=0)
-    marks = [] if ledger is None else ledger.book.releases
-    expected = max([info.largest_participation, *(r.largest_participation for r in marks)])
-    if found < expected:
+    restore = (
+        "Restore the newest file that belongs to this population; without it no cap can be kept."
+    )
+    if participation.total() < info.participations:
         raise PrivacyError(
-            f"{participation.path}: expected a device that is in {expected} rounds, as released "
-            f"before, got at most {found}. Restore the file that belongs to this population; "
-            "without it no cap can be kept."
+            f"{participation.path}: expected at least {info.participations} participations, as "
+            f"when the run's checkpoint was written, got {participation.total()}. {restore}"
         )
+    sizes = participation.sizes()
+    for mark in [] if ledger is None else ledger.book.releases:
+        # more may be counted than were released: a round that was begun again counts both
+        found = sizes.get((mark.run_id, mark.round_number), 0)
+        if found < mark.contributors:
+            raise PrivacyError(
+                f"{participation.path}: expected at least {mark.contributors} devices in round "
+                f"{mark.round_number} of run {mark.run_id}, as released, got {found}. {restore}"
+            )

@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -70,6 +71,7 @@ class RunInfo(Model):
             its owner alone.
         contributors: devices in the last round's sum; for the operator, as the next two.
         largest_participation: most rounds that any device is in, where a cap is kept.
+        participations: of all devices in all rounds and attempts, likewise.
         ledger_head: hash of the ledger's last line before the last round's release.
         ended: why the run is over before its last round.
         versions: of what computed this run; informative.
@@ -89,6 +91,7 @@ class RunInfo(Model):
     sampling_key: Sha256 | None
     contributors: Annotated[int, Field(ge=0)] = 0
     largest_participation: Annotated[int, Field(ge=0)] = 0
+    participations: Annotated[int, Field(ge=0)] = 0
     ledger_head: Sha256 | None = None
     ended: Ending | None = None
     versions: dict[str, str]
@@ -259,7 +262,7 @@ class RunFolder:
         if resume:
             state = read_checkpoint(path)
             number = state.info.round_number
-            later = [name for name in self._released() if name > release_name(number)]
+            later = [name for name in self._released() if _round_of(name) > number]
             if later:
                 raise CheckpointError(
                     f"{self.path}: expected no release after round {number}, the "
@@ -279,7 +282,14 @@ class RunFolder:
 
     def _released(self) -> list[str]:
         """The names of the released thetas, by round."""
-        return sorted(path.name for path in self.path.glob("theta-round-*.safetensors"))
+        names = (path.name for path in self.path.glob("theta-round-*.safetensors"))
+        return sorted((name for name in names if _round_of(name) > 0), key=_round_of)
+
+
+def _round_of(name: str) -> int:
+    """The round of a released theta's file; 0 where the name is none."""
+    found = re.fullmatch(r"theta-round-(\d+)\.safetensors", name)
+    return 0 if found is None else int(found[1])
 
 
 def _check_same(

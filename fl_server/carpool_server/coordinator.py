@@ -17,6 +17,7 @@ from carpool_server.gather import Owners
 from carpool_server.job import Job, RunResult
 from carpool_server.optimizers import make_optimizer
 from carpool_server.population import identify, register
+from carpool_server.privacy.accounting import rounded_up
 from carpool_server.promise import noise_multiplier_of, round_mechanism
 from carpool_server.round import PlannedRound, Surroundings, plan_round, release, run_round
 from carpool_server.sampling import KEY_BYTES, sampling_rate
@@ -61,7 +62,7 @@ def run_rounds(grid: Grid, job: Job, folder: RunFolder) -> RunResult:
         layout_id=job.layout.id,
         seconds=job.registration_seconds,
     )
-    ledger_path = ledger_path_of(folder.path, job.ledger_path)
+    ledger_path = ledger_path_of(folder.path, job.ledger_path, job.config)
     if state is None:
         state = _first_state(job, owners, data_id, ledger_path)
         folder.write(state)
@@ -82,6 +83,7 @@ def run_rounds(grid: Grid, job: Job, folder: RunFolder) -> RunResult:
             info = state.info.model_copy(update={"ended": planned.ending})
             state = RunState(info=info, theta=state.theta, optimizer=state.optimizer)
             folder.write(state)
+            folder.release(state, layout=job.layout)  # now it is the last one, which is kept
     return _result(folder, state, already_finished=False)
 
 
@@ -97,10 +99,13 @@ def finished(job: Job, folder: RunFolder) -> RunResult:
     if state is None or not state.info.finished:
         raise CheckpointError(f"{folder.path}: expected a finished run.")
     info = state.info
-    with open_books(ledger_path_of(folder.path, job.ledger_path), job.config, info) as books:
+    with open_books(
+        ledger_path_of(folder.path, job.ledger_path, job.config), job.config, info
+    ) as books:
         release(job, folder, state, books, refused={})
     if info.ended is not None:
-        spent = f", epsilon {info.history[-1].epsilon:.3f}" if info.history[-1].epsilon else ""
+        epsilon = info.history[-1].epsilon
+        spent = "" if epsilon is None else f", epsilon {rounded_up(epsilon, 3)}"
         raise PrivacyError(
             f"{folder.path}: the run ended at its {ENDINGS[info.ended]} after round "
             f"{info.round_number} of {info.config.rounds}{spent}. What it released stays; no other "

@@ -74,6 +74,19 @@ class Participation:
         with self._failing(), closing(self._connection.execute(query, without)) as cursor:
             return dict(cursor.fetchall())
 
+    def sizes(self) -> dict[tuple[str, int], int]:
+        """(Run, round) -> devices that were counted in it."""
+        query = (
+            "SELECT run_id, round, COUNT(DISTINCT device_id) FROM participation "
+            "GROUP BY run_id, round"
+        )
+        with self._failing(), closing(self._connection.execute(query)) as cursor:
+            return {(run, number): size for run, number, size in cursor.fetchall()}
+
+    def total(self) -> int:
+        """All participations, attempts included."""
+        return sum(self.counts().values())
+
     def add(
         self, device_ids: Iterable[str], *, run_id: str, round_number: int, attempt: str = ""
     ) -> None:

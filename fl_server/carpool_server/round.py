@@ -10,7 +10,7 @@ import time
 import numpy as np
 from numpy.typing import NDArray
 
-from carpool.errors import Refusal
+from carpool.errors import Refusal, ThetaError
 from carpool.protocol import TaskHeader
 from carpool_server.aggregation import blocks_of
 from carpool_server.books import Books
@@ -142,8 +142,7 @@ def run_round(around: Surroundings, state: RunState, planned: PlannedRound) -> R
             state.optimizer,
             rate=rate_at(number, rounds=config.rounds, config=config.server),
         )
-    # before the checkpoint: one that is durable can be resumed
-    job.layout.check(theta, source=f"round {number}: theta after the server's step")
+    _check_step(around, info, planned, theta)  # before the checkpoint: that can be resumed
     clip_norm = info.clip_norm
     if config.privacy.adaptive_clip is not None:
         clip_norm = next_clip(
@@ -174,6 +173,7 @@ def run_round(around: Surroundings, state: RunState, planned: PlannedRound) -> R
             "history": (*info.history, record),
             "contributors": len(contributors),
             "largest_participation": books.largest_participation(),
+            "participations": 0 if participation is None else participation.total(),
             "ledger_head": None if books.ledger is None else books.ledger.head,
         }
     )
@@ -188,6 +188,34 @@ def run_round(around: Surroundings, state: RunState, planned: PlannedRound) -> R
         refused={} if config.privacy.mode == "central" else gathered.refused,
     )
     return new_state
+
+
+def _check_step(
+    around: Surroundings, info: RunInfo, planned: PlannedRound, theta: NDArray[np.float32]
+) -> None:
+    """Refuses a theta that is no longer finite; noised, it counts as released.
+
+    That it diverged is told, and depends on the sum: with new noise the same sum would be
+    released again.
+    """
+    number, ledger = planned.number, around.books.ledger
+    try:
+        around.job.layout.check(theta, source=f"round {number}: theta after the server's step")
+    except ThetaError:
+        if ledger is None:
+            raise
+        ledger.mark_released(
+            info.run_id,
+            number,
+            theta=_digest(theta),
+            contributors=0,
+            largest_participation=info.largest_participation,
+        )
+        raise ThetaError(
+            f"round {number}: expected a finite theta after the server's step, got one that is "
+            "not. The round is charged and counts as released, so this run cannot go on. Lower "
+            "server.learning_rate in a new one."
+        ) from None
 
 
 def release(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from carpool.privacy import PrivacyConfig
 from carpool_server.checkpoint import RunInfo
-from carpool_server.privacy.accounting import Epsilon
+from carpool_server.privacy.accounting import Epsilon, rounded_up
 from carpool_server.promise import UNIT
 
 ENDINGS = {"budget": "budget", "participation-cap": "participation cap"}
@@ -51,7 +51,7 @@ def epsilon_label(privacy: PrivacyConfig) -> str:
 def _central(info: RunInfo) -> str:
     privacy = info.config.privacy
     epsilon = info.history[-1].epsilon if info.history else 0.0
-    spent = f"privacy: epsilon {epsilon:.2f} at delta {privacy.delta:g} was spent"
+    spent = f"privacy: epsilon {rounded_up(epsilon or 0.0, 2)} at delta {privacy.delta:g} was spent"
     if privacy.max_participations is not None:
         spent += (
             f", and at most {privacy.epsilon:g} ever is, by the cap of "

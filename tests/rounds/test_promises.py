@@ -157,7 +157,7 @@ def test_a_second_run_goes_on_counting(run_here: RunHere, tmp_path: Path) -> Non
     """The cap is the population's: what another run used is used."""
     config, book = capped(rounds=2, cap=2), tmp_path / "ledger.jsonl"
     first, second = Witness(), Witness()
-    run_here(nodes(), config=config, audit=first, ledger_path=book, out="first")
+    run = run_here(nodes(), config=config, audit=first, ledger_path=book, out="first")
     run_here(nodes(), config=config, audit=second, ledger_path=book, out="second")
     drawn = [*first.devices.values(), *second.devices.values()]
     assert max(Counter(device for part in drawn for device in part).values()) <= 2
@@ -165,9 +165,9 @@ def test_a_second_run_goes_on_counting(run_here: RunHere, tmp_path: Path) -> Non
     with pytest.raises(PrivacyError) as caught:
         run_here(nodes(), config=config, ledger_path=book, out="third")
     assert str(caught.value) == (
-        f"{tmp_path / PARTICIPATION_NAME}: expected a device that is in 2 rounds, as released "
-        "before, got at most 0. Restore the file that belongs to this population; without it no "
-        "cap can be kept."
+        f"{tmp_path / PARTICIPATION_NAME}: expected at least {len(first.devices[1])} devices in "
+        f"round 1 of run {run.info.run_id}, as released, got 0. Restore the newest file that "
+        "belongs to this population; without it no cap can be kept."
     )
 
 

@@ -275,9 +275,14 @@ def test_one_process_at_a_time_charges(path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"no ledger\n", "line 1: expected JSON, got: "),
+        (b"no ledger\n", "line 1: expected canonical JSON, got: "),
         (b"{}\n", "line 1: number: missing"),
         (b"[1]\n", "line 1: value: "),
+        (
+            b'{"number":1,"entry":{"a":1152921504606846976},"previous":"%s","hash":"%s"}\n'
+            % (b"0" * 64, b"0" * 64),
+            "line 1: expected canonical JSON, got: ",
+        ),
     ],
 )
 def test_a_file_that_is_no_ledger_is_refused(path: Path, data: bytes, message: str) -> None:

@@ -8,7 +8,7 @@ finds the noise; one module per accountant (``prv``, ``rdp``, ``pld``, ``gaussia
 from carpool_server.privacy.accounting.calibration import calibrate
 from carpool_server.privacy.accounting.composition import epsilon_at_cap, epsilon_of
 from carpool_server.privacy.accounting.prv import EPSILON_ERROR, SMALLEST_EPSILON
-from carpool_server.privacy.accounting.releases import Epsilon, Method, Release
+from carpool_server.privacy.accounting.releases import Epsilon, Method, Release, rounded_up
 
 __all__ = [
     "EPSILON_ERROR",
@@ -19,4 +19,5 @@ __all__ = [
     "calibrate",
     "epsilon_at_cap",
     "epsilon_of",
+    "rounded_up",
 ]

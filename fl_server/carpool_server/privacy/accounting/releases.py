@@ -92,6 +92,12 @@ class Epsilon:
         return f"{_METHOD_NAMES[self.method]}, {_REGIMES[self.regime]}, upper bound"
 
 
+def rounded_up(epsilon: float, digits: int) -> str:
+    """An upper bound in so many decimals: never less than it is."""
+    shift = 10**digits
+    return f"{math.ceil(epsilon * shift) / shift:.{digits}f}"
+
+
 class Group(NamedTuple):
     """Releases that cost the same.
 

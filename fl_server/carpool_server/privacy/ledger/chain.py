@@ -163,15 +163,16 @@ def _verified(line: bytes, number: int, before: list[Link], path: Path) -> Link:
     restore = "The ledger was changed or damaged; restore the one that was written."
     try:
         link = Link.model_validate(json.loads(line))
+        found_hash = _hash(link.number, link.entry, link.previous)
     except ValidationError as error:
         raise PrivacyError(f"{where}: {describe(error, Link)} {restore}") from error
     except ValueError as error:
-        raise PrivacyError(f"{where}: expected JSON, got: {error}. {restore}") from error
+        raise PrivacyError(f"{where}: expected canonical JSON, got: {error}. {restore}") from error
     previous = before[-1].hash if before else FIRST
     for name, expected, found in (
         ("number", number, link.number),
         ("previous hash", previous, link.previous),
-        ("hash", _hash(link.number, link.entry, link.previous), link.hash),
+        ("hash", found_hash, link.hash),
     ):
         if found != expected:
             raise PrivacyError(f"{where}: expected the {name} {expected}, got {found}. {restore}")

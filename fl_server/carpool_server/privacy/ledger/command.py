@@ -10,6 +10,7 @@ from rich.table import Table
 
 from carpool.console import result_console
 from carpool.errors import PrivacyError
+from carpool_server.privacy.accounting.releases import rounded_up
 
 # The accountants take seconds to import, so the command does it itself.
 if TYPE_CHECKING:
@@ -44,8 +45,8 @@ def ledger(
         f"population: {promise.population}",
         f"unit: {promise.unit}",
         (
-            f"spent: epsilon {spent.value:.4f} of {promise.epsilon:g} at delta {promise.delta:g} "
-            f"({spent.describe()})"
+            f"spent: epsilon {rounded_up(spent.value, 4)} of {promise.epsilon:g} at delta "
+            f"{promise.delta:g} ({spent.describe()})"
         ),
     ]
     if promise.max_participations is not None:
@@ -80,7 +81,7 @@ def _table(book: Book, *, counts: bool) -> Table:
             f"{charge.sampling_rate:.4f}",
             f"{charge.clip_norm:.4g}",
             f"{charge.sigma:.4g}",
-            f"{charged.epsilon:.4f}",
+            rounded_up(charged.epsilon, 4),
             _seconds(charged.at),
             "no" if mark is None else f"{_seconds(mark.at)} as {mark.theta[:8]}",
         ]

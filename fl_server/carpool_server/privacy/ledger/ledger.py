@@ -9,7 +9,13 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from carpool.errors import PrivacyError
-from carpool_server.privacy.accounting import Epsilon, Release, epsilon_at_cap, epsilon_of
+from carpool_server.privacy.accounting import (
+    Epsilon,
+    Release,
+    epsilon_at_cap,
+    epsilon_of,
+    rounded_up,
+)
 from carpool_server.privacy.ledger.chain import Chain, Link, read_chain
 from carpool_server.privacy.ledger.entries import Charge, Charged, Promise, Released, parse_entry
 
@@ -162,7 +168,10 @@ class Ledger:
 
     def affords(self, charge: Charge) -> bool:
         """Whether the budget has room for a charge."""
-        return self.quote(charge).value <= self._promise.epsilon
+        try:
+            return self.quote(charge).value <= self._promise.epsilon
+        except PrivacyError:  # an epsilon that no accountant can state keeps no budget
+            return False
 
     def charge(self, charge: Charge) -> Epsilon:
         """Writes a round's charge, once.
@@ -197,11 +206,14 @@ class Ledger:
     def refusal(self, charge: Charge) -> str:
         """Why a charge has no room in the budget."""
         promise = self._promise
+        try:
+            reached = f"epsilon to {rounded_up(self.quote(charge).value, 3)}"
+        except PrivacyError as error:
+            reached = f"an epsilon that cannot be stated ({error})"
         return (
-            f"round {charge.round_number} would bring epsilon to "
-            f"{self.quote(charge).value:.3f} at delta {promise.delta:g}; "
-            f"{self.book.spent().value:.3f} of the budget of {promise.epsilon:g} is spent. Nothing "
-            "more is released to this population."
+            f"round {charge.round_number} would bring {reached} at delta {promise.delta:g}; "
+            f"{rounded_up(self.book.spent().value, 3)} of the budget of {promise.epsilon:g} is "
+            "spent. Nothing more is released to this population."
         )
 
     def mark_released(
