@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import stat
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -15,11 +17,12 @@ from flwr.app import Message
 from round_kit import RunHere, Witness, settings
 
 from carpool.config import RunConfig, SgdConfig
-from carpool.errors import PrivacyError
+from carpool.errors import PrivacyError, ThetaError
 from carpool.protocol import RoundTask
 from carpool_server.hooks import RoundFacts
 from carpool_server.participation import PARTICIPATION_NAME, Participation
-from carpool_server.privacy.accounting import Epsilon
+from carpool_server.privacy.accounting import Epsilon, rounded_up
+from carpool_server.privacy.clipping import clip_to_grid
 from carpool_server.privacy.ledger import LEDGER_NAME, ledger, read_ledger
 from carpool_server.statement import privacy_statement
 
@@ -102,10 +105,48 @@ def test_sigma_on_the_sum_does_not_depend_on_who_replies(
     noise = np.array([s * COHORT - t for s, t in zip(kept.steps, sums, strict=True)]) / sigma
     # 6.1 standard errors of a sample variance: false alarms below 1e-9
     assert abs(np.square(noise).mean() - 1) < 6.1 * math.sqrt(2 / noise.size)
-    for devices in witness.devices.values():
-        assert max(Counter(devices).values(), default=0) <= 1
     if share == 0:
         assert not any(witness.devices.values())
+
+
+def test_duplicated_and_late_replies_count_once_and_leave_sigma_alone(run_here: RunHere) -> None:
+    """One aggregator answers after the deadline, so another is asked too, and both answer."""
+
+    def late(message: Message, task: RoundTask) -> Message:
+        time.sleep(0.25)
+        return answer(message, contribution_to(task))
+
+    everybody = fake_farm.devices(30)
+    config = central(rounds=15)
+    cohort = {"quorum": 0.5, "deadline_seconds": 0.15, "extensions": 2, "expected_size": COHORT}
+    config = config.model_copy(update={"cohort": settings(cohort=cohort).cohort})
+    witness, kept = Witness(), Steps()
+    run_here(
+        {10: FakeAggregator(everybody, lie=late), 11: FakeAggregator(everybody, lie=late)},
+        config=config,
+        audit=witness,
+        hooks=[kept],
+    )
+    noise = []
+    for number, step in enumerate(kept.steps, start=1):
+        before = np.zeros(fake_farm.NUM_VALUES) if number == 1 else kept.facts[number - 2].theta
+        once = sum(
+            clip_to_grid(hashed_update(d, number, before), clip_norm=CLIP, device_id=d)
+            for d in witness.devices[number]
+        )
+        np.testing.assert_array_equal(witness.sums[number], once)
+        noise.append((step * COHORT - np.asarray(once) * CLIP * 2.0**-30) / (Z * CLIP))
+    asked_twice = [facts.record.extensions for facts in kept.facts]
+    assert min(asked_twice) >= 1
+    values = np.concatenate(noise)
+    assert abs(np.square(values).mean() - 1) < 6.1 * math.sqrt(2 / values.size)
+
+
+def hashed_update(device: str, number: int, theta: np.ndarray) -> np.ndarray:
+    """What a fake device sends in a round, worked out without its task."""
+    raw = hashlib.shake_256(f"{device} {number}".encode()).digest(4 * fake_farm.NUM_VALUES)
+    values = (np.frombuffer(raw, dtype="<u4") / 2**32 - 0.5).astype(np.float32)
+    return values - np.float32(0.1) * theta.astype(np.float32)
 
 
 def capped(*, rounds: int, cap: int = 2, **cohort: float) -> RunConfig:
@@ -249,13 +290,104 @@ def test_a_projection_never_states_an_epsilon(run_here: RunHere, tmp_path: Path)
 
 
 def test_nothing_without_noise_is_left_on_disk(run_here: RunHere, tmp_path: Path) -> None:
-    """Neither the sum nor any update: not in a file of the run, in any byte order."""
-    witness = Witness()
-    run_here(nodes(), config=central(rounds=2), audit=witness)
+    """Neither the sum nor what it would have made of theta: in no file of the run."""
+    witness, kept = Witness(), Steps()
+    run_here(nodes(), config=central(rounds=2), audit=witness, hooks=[kept])
+    before = np.zeros(fake_farm.NUM_VALUES)
     files = [path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert len(files) >= 4
-    for total in witness.sums.values():
-        for raw in (total, total.astype(np.float64), (total * CLIP * 2.0**-30).astype(np.float32)):
+    for number, total in witness.sums.items():
+        mean = total * (CLIP * 2.0**-30 / COHORT)
+        unnoised = (before + mean).astype(np.float32)
+        before = kept.facts[number - 1].theta.astype(np.float64)
+        floats = (mean, mean * COHORT)
+        singles = (unnoised, *(values.astype(np.float32) for values in floats))
+        for raw in (total, total.astype(np.float64), *floats, *singles):
             for order in ("<", ">"):
                 piece = raw.astype(raw.dtype.newbyteorder(order)).tobytes()[:64]
                 assert not [data for data in files if piece in data]
+
+
+def test_a_stale_file_of_participations_is_refused(run_here: RunHere, tmp_path: Path) -> None:
+    """Also where a device was at its cap already when the copy was made."""
+    saved = tmp_path / "saved"
+    book = tmp_path / "run" / PARTICIPATION_NAME
+
+    class Saves:
+        def after_round(self, facts: RoundFacts) -> None:
+            if facts.round_number == 3:
+                saved.write_bytes(book.read_bytes())
+            if facts.round_number == 4:
+                raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        run_here(nodes(), config=capped(rounds=30), hooks=[Saves()])
+    book.write_bytes(saved.read_bytes())
+    with pytest.raises(PrivacyError, match=r"expected at least \d+ participations, as when the"):
+        run_here(nodes(), config=capped(rounds=30), resume=True)
+
+
+@pytest.mark.parametrize("mode", ["none", "example_level"])
+def test_a_ledger_is_for_rounds_that_are_charged(
+    run_here: RunHere, tmp_path: Path, mode: str
+) -> None:
+    """A population with a promise gets no run that releases without it."""
+    config = settings(mode="none")
+    if mode == "example_level":
+        config = config.model_copy(
+            update={"privacy": config.privacy.model_copy(update={"mode": mode})}
+        )
+    asked = nodes()
+    with pytest.raises(PrivacyError) as caught:
+        run_here(asked, config=config, ledger_path=tmp_path / "book.jsonl")
+    assert str(caught.value) == (
+        f"{tmp_path / 'book.jsonl'}: expected privacy.mode 'central' for a population with a "
+        f"ledger, got {mode!r}, which would release what nobody charges. Leave out the ledger if "
+        "the devices are imagined for this run."
+    )
+    assert not any(node.tasks for node in asked.values())
+
+
+def test_a_run_that_ends_early_keeps_its_last_theta(run_here: RunHere) -> None:
+    """Although it is none of every tenth."""
+    result = run_here(nodes(), config=central(rounds=9, epsilon=0.45), keep_every=10)
+    assert (result.info.round_number, result.info.ended) == (4, "budget")
+    assert result.theta_path.exists()
+
+
+def test_a_budget_that_no_accountant_can_state_ends_the_run(
+    run_here: RunHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cleanly, like one that is reached."""
+
+    def stated(releases: list[object], *, delta: float) -> Epsilon:
+        if len(releases) > 2:
+            raise PrivacyError("too much for the accountant")
+        return Epsilon(value=0.1, delta=delta, method="prv")
+
+    monkeypatch.setattr(ledger, "epsilon_of", stated)
+    result = run_here(nodes(), config=central(rounds=9))
+    assert (result.info.round_number, result.info.ended) == (2, "budget")
+
+
+def test_a_diverged_round_is_never_noised_again(run_here: RunHere, tmp_path: Path) -> None:
+    """That it diverged tells of the sum, so it counts as released, and tells no more."""
+    config = central(rounds=3).model_copy(update={"server": SgdConfig(learning_rate=1e43)})
+    with pytest.raises(ThetaError) as caught:
+        run_here(nodes(), config=config)
+    assert str(caught.value) == (
+        "round 1: expected a finite theta after the server's step, got one that is not. The round "
+        "is charged and counts as released, so this run cannot go on. Lower server.learning_rate "
+        "in a new one."
+    )
+    assert len(read_ledger(tmp_path / "run" / LEDGER_NAME)[0].releases) == 1
+    with pytest.raises(PrivacyError, match="expected no release after round 0, the checkpoint's"):
+        run_here(nodes(), config=config, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "told"), [(1.2349, 2, "1.24"), (0.0049, 2, "0.01"), (2.0, 3, "2.000")]
+)
+def test_an_upper_bound_is_rounded_up(value: float, digits: int, told: str) -> None:
+    """Rounded to the nearest it could be less than it is."""
+    assert rounded_up(value, digits) == told

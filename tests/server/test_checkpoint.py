@@ -153,3 +153,14 @@ def test_a_failed_write_leaves_the_old_checkpoint(
             folder.write(state(sampling_key="e" * 64))
     assert (tmp_path / checkpoint.CHECKPOINT_NAME).read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", checkpoint.CHECKPOINT_NAME]
+
+
+def test_rounds_of_five_digits_come_after_those_of_four(tmp_path: Path) -> None:
+    """By number: as text round 10000 would come before round 9999."""
+    names = ["theta-round-10000.safetensors", "theta-round-9999.safetensors", "theta-round-x.txt"]
+    for name in names:
+        (tmp_path / name).touch()
+    assert checkpoint.release_name(10000) == names[0]
+    with pytest.raises(CheckpointError) as caught:
+        RunFolder(tmp_path, config=CONFIG, bundle_id="b" * 64, data_id=None, resume=False)
+    assert f"found {names[1]}, which an earlier one left" in str(caught.value)
