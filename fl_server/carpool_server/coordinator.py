@@ -19,7 +19,8 @@ from carpool_server.optimizers import make_optimizer
 from carpool_server.population import identify, register
 from carpool_server.privacy.accounting import rounded_up
 from carpool_server.promise import noise_multiplier_of, round_mechanism
-from carpool_server.round import PlannedRound, Surroundings, plan_round, release, run_round
+from carpool_server.release import release
+from carpool_server.round import PlannedRound, Surroundings, plan_round, run_round
 from carpool_server.sampling import KEY_BYTES, sampling_rate
 from carpool_server.statement import ENDINGS
 

@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import secrets
 import time
 
-import numpy as np
-from numpy.typing import NDArray
-
-from carpool.errors import Refusal, ThetaError
 from carpool.protocol import TaskHeader
-from carpool_server.aggregation import blocks_of
 from carpool_server.books import Books
 from carpool_server.checkpoint import Ending, RunFolder, RunInfo, RunState
 from carpool_server.exchange import Exchange
 from carpool_server.gather import Gathered, Gathering, Owners
-from carpool_server.hooks import RoundFacts, RoundRecord
+from carpool_server.hooks import RoundRecord
 from carpool_server.job import Job
-from carpool_server.optimizers import make_optimizer, rate_at
-from carpool_server.privacy.clipping import grid_step
 from carpool_server.privacy.ledger import Charge
-from carpool_server.privacy.mechanism import Mechanism, next_clip
-from carpool_server.privacy.metrics import RoundMetrics, decode_metrics
+from carpool_server.privacy.mechanism import Mechanism
+from carpool_server.privacy.metrics import RoundMetrics
 from carpool_server.promise import charge_of, metric_bounds, recipe_of, round_mechanism
+from carpool_server.release import check_step, release
 from carpool_server.sampling import PoissonSampler, derived_key, sampling_rate
+from carpool_server.step import step_with
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,29 +126,9 @@ def run_round(around: Surroundings, state: RunState, planned: PlannedRound) -> R
     total += planned.mechanism.noise()
     job.audit.reached(number, "noised")
 
-    noised = blocks_of(total, planned.mechanism.sizes)
-    # the denominator is fixed: it tells nothing about who was there
-    unit = grid_step(info.clip_norm) / config.cohort.expected_size
-    with np.errstate(over="ignore", invalid="ignore"):  # what comes out is looked at
-        theta, optimizer = make_optimizer(config.server).step(
-            state.theta,
-            noised["theta"].astype(np.float64) * unit,
-            state.optimizer,
-            rate=rate_at(number, rounds=config.rounds, config=config.server),
-        )
-    _check_step(around, info, planned, theta)  # before the checkpoint: that can be resumed
-    clip_norm = info.clip_norm
-    if config.privacy.adaptive_clip is not None:
-        clip_norm = next_clip(
-            clip_norm,
-            noised_bits=int(noised["norm_bit"][0]),
-            config=config.privacy.adaptive_clip,
-            expected_size=config.cohort.expected_size,
-        )
-    bounds, metrics = metric_bounds(config.privacy), None
-    if bounds is not None:
-        multiplier = planned.mechanism.multiplier("metrics")
-        metrics = decode_metrics(noised["metrics"], noise_multiplier=multiplier, bounds=bounds)
+    stepped = step_with(total, state, mechanism=planned.mechanism, config=config)
+    # before the checkpoint: one that is durable can be resumed
+    check_step(stepped.theta, info, job=job, ledger=around.books.ledger)
     job.audit.reached(number, "stepped")
 
     record = _record(
@@ -163,13 +137,13 @@ def run_round(around: Surroundings, state: RunState, planned: PlannedRound) -> R
         mode_told=config.privacy.mode,
         seconds=time.monotonic() - start,
         epsilon=epsilon,
-        metrics=metrics,
+        metrics=stepped.metrics,
     )
     books = around.books
     new_info = info.model_copy(
         update={
             "round_number": number,
-            "clip_norm": clip_norm,
+            "clip_norm": stepped.clip_norm,
             "history": (*info.history, record),
             "contributors": len(contributors),
             "largest_participation": books.largest_participation(),
@@ -177,7 +151,7 @@ def run_round(around: Surroundings, state: RunState, planned: PlannedRound) -> R
             "ledger_head": None if books.ledger is None else books.ledger.head,
         }
     )
-    new_state = RunState(info=new_info, theta=theta, optimizer=optimizer)
+    new_state = RunState(info=new_info, theta=stepped.theta, optimizer=stepped.optimizer)
     around.folder.write(new_state)
     job.audit.reached(number, "checkpointed")
     release(
@@ -188,64 +162,6 @@ def run_round(around: Surroundings, state: RunState, planned: PlannedRound) -> R
         refused={} if config.privacy.mode == "central" else gathered.refused,
     )
     return new_state
-
-
-def _check_step(
-    around: Surroundings, info: RunInfo, planned: PlannedRound, theta: NDArray[np.float32]
-) -> None:
-    """Refuses a theta that is no longer finite; noised, it counts as released.
-
-    That it diverged is told, and depends on the sum: with new noise the same sum would be
-    released again.
-    """
-    number, ledger = planned.number, around.books.ledger
-    try:
-        around.job.layout.check(theta, source=f"round {number}: theta after the server's step")
-    except ThetaError:
-        if ledger is None:
-            raise
-        ledger.mark_released(
-            info.run_id,
-            number,
-            theta=_digest(theta),
-            contributors=0,
-            largest_participation=info.largest_participation,
-        )
-        raise ThetaError(
-            f"round {number}: expected a finite theta after the server's step, got one that is "
-            "not. The round is charged and counts as released, so this run cannot go on. Lower "
-            "server.learning_rate in a new one."
-        ) from None
-
-
-def release(
-    job: Job, folder: RunFolder, state: RunState, books: Books, *, refused: dict[str, Refusal]
-) -> None:
-    """Makes a checkpointed round known. May be done again: the files are there or made."""
-    info, number = state.info, state.info.round_number
-    if books.ledger is not None:
-        books.ledger.mark_released(
-            info.run_id,
-            number,
-            theta=_digest(state.theta),
-            contributors=info.contributors,
-            largest_participation=info.largest_participation,
-        )
-    job.audit.reached(number, "marked")
-    folder.release(state, layout=job.layout)
-    job.audit.reached(number, "released")
-    theta = state.theta.copy()
-    theta.flags.writeable = False
-    facts = RoundFacts(
-        round_number=number,
-        rounds=info.config.rounds,
-        theta=theta,
-        record=info.history[-1],
-        refused=refused,
-    )
-    for hook in job.hooks:
-        hook.after_round(facts)
-    job.audit.reached(number, "hooked")
 
 
 def _task(around: Surroundings, info: RunInfo, planned: PlannedRound) -> TaskHeader:
@@ -307,7 +223,3 @@ def _record(
             "mean_loss": gathered.loss_sum / count if count and task.report_loss else None,
         }
     return RoundRecord.model_validate(told)
-
-
-def _digest(theta: NDArray[np.float32]) -> str:
-    return hashlib.sha256(theta.astype("<f4").tobytes()).hexdigest()
