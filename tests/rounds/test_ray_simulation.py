@@ -6,13 +6,12 @@ import json
 import os
 import random
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -22,7 +21,8 @@ from carpool.bundle import Bundle
 from carpool.data.dataset import Dataset, Split, write_dataset
 from carpool.theta import read_theta
 from carpool_server.checkpoint import CHECKPOINT_NAME, read_checkpoint
-from carpool_server.privacy.ledger import LEDGER_NAME
+from carpool_server.privacy.accounting import rounded_up
+from carpool_server.privacy.ledger import LEDGER_NAME, read_ledger
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -46,7 +46,10 @@ max_examples = 2
 kind = "adam"
 learning_rate = 0.03
 """
-CENTRAL = ("--privacy", "central", "--set", "privacy.epsilon=50", "--set", "privacy.delta=1e-3")
+CENTRAL = (
+    *("--privacy", "central", "--set", "privacy.regime=poisson"),
+    *("--set", "privacy.epsilon=50", "--set", "privacy.delta=1e-3"),
+)
 
 
 class Farm:
@@ -220,14 +223,17 @@ def test_central_privacy_charges_and_releases_once_through_a_kill(farm: Farm) ->
         assert farm.theta("central", 1) == theta
 
     folder = farm.folder / "central"
-    with closing(sqlite3.connect(folder / LEDGER_NAME)) as ledger:
-        rows = ledger.execute("SELECT round, epsilon_after FROM charges ORDER BY round").fetchall()
-    assert [row[0] for row in rows] == list(range(1, ROUNDS + 1))
+    book, torn = read_ledger(folder / LEDGER_NAME)
+    assert torn == 0
+    rounds = list(range(1, ROUNDS + 1))
+    assert [charged.charge.round_number for charged in book.charges] == rounds
+    assert [mark.round_number for mark in book.releases] == rounds
+    spent = book.charges[-1].epsilon
     info = read_checkpoint(folder / CHECKPOINT_NAME).info
-    assert info.history[-1].epsilon == rows[-1][1] <= 50
+    assert info.history[-1].epsilon == spent <= 50
     assert (
-        f"privacy: epsilon {rows[-1][1]:.2f} at delta 0.001 was spent; unit: one client, over all "
-        "rounds (PRV accountant)."
+        f"privacy: epsilon {rounded_up(spent, 2)} at delta 0.001 was spent; unit: one device, all "
+        "of its text"
     ) in output
     key = info.sampling_key
     assert key is not None
