@@ -14,8 +14,11 @@ from carpool.protocol import GRID_BITS, GRID_BOUND
 _MARGIN = 2.0**-40
 """Share of the bound left free, for what float64 can be off."""
 
-_BLOCK = 8192
-"""Values at a time: they stay in the nearest caches, and a BLAS uses one thread for so few."""
+_NORM_BLOCK = 8192
+"""Values squared at a time: a BLAS uses one thread for so few, and the error stays as stated."""
+
+_BLOCK = 1 << 15
+"""Values put on the grid at a time: they stay in the caches."""
 
 
 def grid_step(clip_norm: float) -> float:
@@ -67,8 +70,7 @@ def clip_onto(
             f"Expected a float32 update of shape {total.shape}, got {update.dtype} of "
             f"{update.shape}."
         )
-    wide = np.empty(min(_BLOCK, update.size))
-    norm = _norm(update, wide)
+    norm = _norm(update)
     if not math.isfinite(norm):
         bad = int(np.count_nonzero(~np.isfinite(update)))
         raise UpdateRejected(
@@ -76,6 +78,7 @@ def clip_onto(
         )
     within = norm <= clip_norm * (1 - _MARGIN)
     factor = GRID_BOUND / clip_norm if within else GRID_BOUND * (1 - _MARGIN) / norm
+    wide = np.empty(min(_BLOCK, update.size))
     whole = np.empty(wide.shape, dtype=np.int64)
     for start in range(0, update.size, _BLOCK):
         part = update[start : start + _BLOCK]
@@ -96,12 +99,13 @@ def clip_to_grid(
     return alone
 
 
-def _norm(update: NDArray[np.float32], wide: NDArray[np.float64]) -> float:
+def _norm(update: NDArray[np.float32]) -> float:
     """Not finite where a value is not; squares of float32 values cannot overflow float64."""
     squares = []
+    wide = np.empty(min(_NORM_BLOCK, update.size))
     with np.errstate(invalid="ignore"):
-        for start in range(0, update.size, _BLOCK):
-            part = update[start : start + _BLOCK]
+        for start in range(0, update.size, _NORM_BLOCK):
+            part = update[start : start + _NORM_BLOCK]
             block = wide[: part.size]
             block[:] = part
             squares.append(float(np.dot(block, block)))
