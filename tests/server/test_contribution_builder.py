@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from tasks import task_to
 
 from carpool.errors import UpdateRejected
 from carpool.privacy import MetricBounds
-from carpool.protocol import GRID_BOUND, TaskHeader
-from carpool.recipe import LocalRecipe
+from carpool.protocol import GRID_BOUND
 from carpool_server.aggregation import (
     ContributionBuilder,
     DeviceFacts,
@@ -23,20 +23,7 @@ from carpool_server.aggregation import (
 
 LENGTH = 12
 BOUNDS = MetricBounds(max_loss=8.0, max_examples=16)
-TASK = TaskHeader(
-    run_id="r",
-    round_number=1,
-    bundle_id="b" * 64,
-    layout_id="c" * 64,
-    recipe=LocalRecipe(learning_rate=0.1, epochs=1),
-    order_key="00",
-    clip_norm=0.5,
-    device_ids=("honest", "other", "x"),
-    report_loss=False,
-    norm_bit=True,
-    metrics=BOUNDS,
-    participations=None,
-)
+TASK = task_to("honest", "other", "x", clip_norm=0.5, norm_bit=True, metrics=BOUNDS)
 HONEST = np.linspace(-0.1, 0.1, LENGTH, dtype=np.float32)
 
 anything = hnp.arrays(np.float32, LENGTH, elements=st.floats(width=32))

@@ -6,27 +6,14 @@ import math
 
 import numpy as np
 import pytest
+from tasks import task_to
 
 from carpool.errors import ContributionRejected
-from carpool.protocol import Contribution, ContributionHeader, TaskHeader
-from carpool.recipe import LocalRecipe
+from carpool.protocol import Contribution, ContributionHeader
 from carpool_server.aggregation import validate_contribution
 
 BOUND = 2**30
-TASK = TaskHeader(
-    run_id="r",
-    round_number=1,
-    bundle_id="b" * 64,
-    layout_id="c" * 64,
-    recipe=LocalRecipe(learning_rate=0.1, epochs=1),
-    order_key="00",
-    clip_norm=1.0,
-    device_ids=("a", "b"),
-    report_loss=False,
-    norm_bit=False,
-    metrics=None,
-    participations=None,
-)
+TASK = task_to("a", "b")
 
 
 def contribution(
